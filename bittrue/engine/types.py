@@ -1,0 +1,89 @@
+"""What crosses the engine's boundary: requests in, tokens out (plain data, no torch; the same structs go over the wire)."""
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How tokens of one sequence are chosen. Ranges are checked where the request enters (server or Engine.generate).
+
+    Noise for a token is a function of (seed, absolute position, token id): the same seed gives the same tokens in any batch.
+    """
+
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    min_p: float = 0.0
+    seed: int = 0  # 0 <= seed < 2^63
+    max_tokens: int = 16
+    min_tokens: int = 0  # stop ids and stop strings do not count before this many tokens
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None  # None = none; n = the chosen token's and the n most likely ones'
+    prompt_logprobs: int | None = None  # the same for every prompt token after the first
+    grammar: str | None = None  # a llguidance grammar (JSON text); None = free
+    grammar_after: tuple[int, ...] | None = None  # the grammar starts after this token sequence (e.g. </think>); None = at once
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """The log-probability of one token under the model (before temperature and masks), and its likeliest rivals."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
+    """One sequence to run. ``resume`` holds tokens already generated (after a crash): they are replayed, not sampled."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    resume: tuple[int, ...] = ()
+    priority: int = 0
+
+
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
+    """What one step added to one sequence. The last event of a sequence has a finish_reason; exactly one event does."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()  # one per token id when asked for
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # with the first event; entry 0 is None
+    finish_reason: FinishReason | None = None
+    stop_match: str | int | None = None  # the stop string or stop token id that ended it
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
+    """Stop a sequence and free its memory; unknown ids are ignored."""
+
+    request_id: str
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
+    """Counters and gauges of the engine at one moment. Pages: free + held = total, always."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_preempted_total: int = 0
+    num_steps_total: int = 0
+    num_prompt_tokens_total: int = 0
+    num_generated_tokens_total: int = 0
+    pages_total: int = 0
+    pages_free: int = 0
+    pages_held: int = 0
+    slots_total: int = 0
+    slots_free: int = 0
+    slots_held: int = 0
+    weight_version: str = ""

@@ -1,0 +1,110 @@
+"""Every failure a caller can meet, as one tree: a class per boundary a failure can cross.
+
+    BittrueError
+    ├── UsageError            the caller asked for something that cannot be        -> HTTP 400, exit 2
+    │   ├── InvalidRequest    a field has a wrong name, type or value              -> HTTP 400, names the field
+    │   ├── PromptTooLong     prompt (plus output) exceeds the context             -> HTTP 400, both numbers
+    │   └── ConfigError       a run knob or a config.json field is unknown or out of range
+    │       └── UnsupportedModel   config.json describes a model this program does not run
+    ├── CheckpointError       a checkpoint file is missing, corrupt or does not match its config -> exit 2
+    ├── BackendUnavailable    the chosen backend cannot run here                   -> exit 2
+    ├── QueueFull             too many requests wait                               -> HTTP 429
+    ├── Draining              the server is shutting down                          -> HTTP 503
+    └── EngineDied            the engine process ended and could not be restarted  -> HTTP 500
+"""
+
+
+class BittrueError(Exception):
+    """Base of everything raised on purpose. ``str(error)`` states the fact and the remedy."""
+
+    status: int = 500
+    exit_code: int = 2
+    code: str = "internal_error"
+
+
+class UsageError(BittrueError):
+    """The caller asked for something that cannot be done."""
+
+    status = 400
+    code = "invalid_request"
+
+
+class InvalidRequest(UsageError):
+    """A request field has a wrong name, type or value. ``param`` is the field's path, e.g. ``messages[0].role``."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_request") -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class PromptTooLong(UsageError):
+    """The prompt does not fit the context. Raised before anything waits or is allocated."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, *, num_tokens: int, limit: int) -> None:
+        super().__init__(
+            f"the prompt has {num_tokens} tokens, but the context of this server is {limit} tokens; "
+            "shorten the prompt or start the server with a larger --max-context"
+        )
+        self.num_tokens = num_tokens
+        self.limit = limit
+        self.param = "messages"
+
+
+class ConfigError(UsageError):
+    """A run knob or a config field is unknown, mistyped or out of range. ``field`` names it."""
+
+    code = "config_error"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class UnsupportedModel(ConfigError):
+    """config.json describes a model this program does not run."""
+
+    code = "unsupported_model"
+
+
+class CheckpointError(BittrueError):
+    """A checkpoint is missing, corrupt or does not match its config. Names the file and the tensor."""
+
+    code = "checkpoint_error"
+
+    def __init__(self, message: str, *, file: str | None = None, tensor: str | None = None) -> None:
+        super().__init__(message)
+        self.file = file
+        self.tensor = tensor
+
+
+class BackendUnavailable(BittrueError):
+    """The chosen backend cannot run here. Lists what is missing and why."""
+
+    code = "backend_unavailable"
+
+
+class QueueFull(BittrueError):
+    """Too many requests wait. ``retry_after_s`` is a hint in seconds."""
+
+    status = 429
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Draining(BittrueError):
+    """The server is shutting down and takes no new request."""
+
+    status = 503
+    code = "draining"
+
+
+class EngineDied(BittrueError):
+    """The engine process ended and could not be restarted."""
+
+    code = "engine_died"

@@ -1,0 +1,296 @@
+"""DeepSeek-V4, the whole architecture, read top to bottom: streams, blocks, attention, experts, head.
+
+One definition for serving and training. It owns no arithmetic (every op comes from the OpTable it is given) and no
+cache (it is handed the LayerCache of each layer), so the same lines run on every backend. Sections refer to
+spec/deepseek-v4.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bittrue.config.formats import ACT_GROUP, FP4_GROUP, ActDtype, Level
+from bittrue.config.model import ModelConfig
+from bittrue.ops.contracts import Batch, CompressorWeights, ExpertBank, LayerCache, LayerKind, OpTable, Weight
+
+TORCH_DTYPE = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class HyperConnection:
+    """Mixes the M residual streams before and after one sub-layer (2.6)."""
+
+    fn: Tensor  # [(2+M)M, M*D] f32
+    base: Tensor  # [(2+M)M] f32
+    scale: Tensor  # [3] f32
+
+
+@dataclass(frozen=True, slots=True)
+class Compressor:
+    """Pools several tokens into one row (2.4): projections, then what the pooling op needs."""
+
+    wkv: Weight
+    wgate: Weight
+    pool: CompressorWeights
+
+
+@dataclass(frozen=True, slots=True)
+class Indexer:
+    """Chooses which compressed rows a query reads (2.5)."""
+
+    wq_b: Weight
+    weights_proj: Weight
+    compressor: Compressor
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One attention sub-layer (2.3); compressor for CSA and HCA, indexer for CSA only."""
+
+    wq_a: Weight
+    q_norm: Tensor
+    wq_b: Weight
+    wkv: Weight
+    kv_norm: Tensor
+    wo_a: Weight
+    wo_b: Weight
+    sink: Tensor  # [N] f32
+    compressor: Compressor | None
+    indexer: Indexer | None
+
+
+@dataclass(frozen=True, slots=True)
+class FeedForward:
+    """One mixture of experts (2.7): a learned router (bias) or a hash router (table), routed and shared experts."""
+
+    gate: Weight
+    bias: Tensor | None  # [E] f32, learned router only
+    table: Tensor | None  # [V, k] i64, hash router only
+    experts: ExpertBank
+    shared_w1: Weight
+    shared_w2: Weight
+    shared_w3: Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One layer: hyper-connected attention, then hyper-connected experts."""
+
+    kind: LayerKind
+    hc_attn: HyperConnection
+    attn_norm: Tensor
+    attn: Attention
+    hc_ffn: HyperConnection
+    ffn_norm: Tensor
+    ffn: FeedForward
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Every tensor of the main model, as the checkpoint stores it."""
+
+    embed: Tensor  # [V, D]
+    blocks: tuple[Block, ...]
+    hc_head: HyperConnection  # fn [M, M*D], base [M], scale [1]
+    norm: Tensor  # [D]
+    head: Weight  # [V, D]
+
+
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """Cosines and sines of the step's positions, [T, R/2] each, for one rotary table."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class DeepseekV4:
+    """The forward pass. ``level`` and ``act`` are the numeric level (9.1): maths = no simulated quantisation,
+    published = bf16 with the FP8 and FP4 rules of 2.9."""
+
+    def __init__(
+        self, config: ModelConfig, parameters: Parameters, ops: OpTable, *, level: Level, act: ActDtype
+    ) -> None:
+        self.config = config
+        self.parameters = parameters
+        self.ops = ops
+        self.level = level
+        self.act = TORCH_DTYPE[act]
+        self._main_freq = torch.tensor(config.main_inv_freq(), dtype=torch.float32)
+        self._compress_freq = torch.tensor(config.compress_inv_freq(), dtype=torch.float32)
+
+    @property
+    def is_published(self) -> bool:
+        return self.level == "published"
+
+    # ---- top level (2.1) -------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
+        """Runs the T tokens of ``batch``, updating the caches. Returns the streams after the last block, [T, M, D] act."""
+        window_angles = Angles(*self.ops.rope_angles(batch.positions, self._main_freq))
+        compress_angles = Angles(*self.ops.rope_angles(batch.positions, self._compress_freq))
+        h = self.parameters.embed[batch.token_ids].to(self.act)
+        streams = h.unsqueeze(1).expand(-1, self.config.hc_mult, -1).contiguous()
+        for block, cache in zip(self.parameters.blocks, caches, strict=True):
+            angles = window_angles if block.kind == "window" else compress_angles
+            streams = self._attention_sublayer(streams, batch, block, cache, angles)
+            streams = self._experts_sublayer(streams, batch, block)
+        return streams
+
+    def logits(self, streams: Tensor) -> Tensor:
+        """Logits [R, V] f32 of R rows of streams [R, M, D]: collapse the streams, normalise, project (2.1 steps 3-4)."""
+        head = self.parameters.hc_head
+        config = self.config
+        h = self.ops.hc_head(
+            streams.contiguous(), head.fn, head.base, head.scale, eps=config.hc_eps, norm_eps=config.norm_eps
+        )
+        h = self.ops.rms_norm(h, self.parameters.norm, config.norm_eps)
+        return self.ops.linear(h, self.parameters.head, out_dtype=torch.float32)
+
+    # ---- blocks (2.6) ----------------------------------------------------------------------------------------
+
+    def _attention_sublayer(
+        self, streams: Tensor, batch: Batch, block: Block, cache: LayerCache, angles: Angles
+    ) -> Tensor:
+        x, post, comb = self._hc_pre(streams, block.hc_attn)
+        x = self.ops.rms_norm(x, block.attn_norm, self.config.norm_eps)
+        y = self._attention(x, batch, block.attn, cache, angles)
+        return self.ops.hc_post(y, streams, post, comb)
+
+    def _experts_sublayer(self, streams: Tensor, batch: Batch, block: Block) -> Tensor:
+        x, post, comb = self._hc_pre(streams, block.hc_ffn)
+        x = self.ops.rms_norm(x, block.ffn_norm, self.config.norm_eps)
+        y = self._feed_forward(x, batch, block.ffn)
+        return self.ops.hc_post(y, streams, post, comb)
+
+    def _hc_pre(self, streams: Tensor, hc: HyperConnection) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        return self.ops.hc_pre(
+            streams,
+            hc.fn,
+            hc.base,
+            hc.scale,
+            iters=config.hc_iters,
+            eps=config.hc_eps,
+            norm_eps=config.norm_eps,
+        )
+
+    # ---- attention (2.3) -------------------------------------------------------------------------------------
+
+    def _attention(self, x: Tensor, batch: Batch, p: Attention, cache: LayerCache, angles: Angles) -> Tensor:
+        ops, config = self.ops, self.config
+        num_tokens, heads, head_dim = x.shape[0], config.num_heads, config.head_dim
+
+        x8 = self._fp8_input(x, p.wq_a)
+        qr = ops.rms_norm(ops.linear(x8, p.wq_a), p.q_norm, config.norm_eps)
+        qr8 = self._fp8_input(qr, p.wq_b)
+        q = ops.linear(qr8, p.wq_b).view(num_tokens, heads, head_dim)
+        q = ops.rope(ops.rms_norm(q, None, config.norm_eps), angles.cos, angles.sin, False)
+
+        # One vector per token is key and value of every head.
+        kv = ops.rms_norm(ops.linear(x8, p.wkv), p.kv_norm, config.norm_eps)
+        kv = ops.rope(kv.view(num_tokens, 1, head_dim), angles.cos, angles.sin, False).view(num_tokens, head_dim)
+        step_rows = ops.pack_rows(kv, cache.row_format)
+
+        # Compressed rows that close in this step are written first: their last token may already read them.
+        ids = None
+        if p.compressor is not None:
+            self._compress(x, batch, p.compressor, cache)
+        if p.indexer is not None:
+            ids = self._select(x, qr8, batch, p.indexer, cache, angles)
+
+        o = ops.attention(
+            q,
+            step_rows,
+            batch,
+            cache,
+            ids,
+            p.sink,
+            window=config.window,
+            scale=head_dim**-0.5,
+            round_probs=self.is_published,
+        )
+        ops.store_window(step_rows, batch, cache.window)
+        # Keys are values, so the output carries the rotation of the rows it read: undo it at the query's position.
+        o = ops.rope(o, angles.cos, angles.sin, True)
+        o = ops.grouped_linear(o.view(num_tokens, config.o_groups, -1), p.wo_a)
+        o = o.view(num_tokens, config.o_groups * config.o_lora_rank)
+        return ops.linear(self._fp8_input(o, p.wo_b), p.wo_b)
+
+    def _compress(self, x: Tensor, batch: Batch, p: Compressor, cache: LayerCache) -> None:
+        """Feeds the main compressor of a CSA or HCA layer (2.4)."""
+        u = self.ops.linear(x, p.wkv, out_dtype=torch.float32)
+        gate = self.ops.linear(x, p.wgate, out_dtype=torch.float32)
+        if cache.kind == "csa":
+            self.ops.csa_compress(
+                u,
+                gate,
+                p.pool,
+                batch,
+                cache.csa,
+                cache.rows,
+                cache.row_format,
+                act=self.act,
+                hadamard=False,
+            )
+        else:
+            self.ops.hca_compress(
+                u,
+                gate,
+                p.pool,
+                batch,
+                cache.hca_fold,
+                cache.hca_pending,
+                cache.rows,
+                cache.row_format,
+                act=self.act,
+            )
+
+    def _select(
+        self, x: Tensor, qr8: Tensor, batch: Batch, p: Indexer, cache: LayerCache, angles: Angles
+    ) -> Tensor:
+        """Ids of the compressed rows each query reads, [T, k] i32 ascending, -1 padded (2.5)."""
+        ops, config = self.ops, self.config
+        heads, dim = config.index_num_heads, config.index_head_dim
+        c = p.compressor
+        ops.csa_compress(
+            ops.linear(x, c.wkv, out_dtype=torch.float32),
+            ops.linear(x, c.wgate, out_dtype=torch.float32),
+            c.pool,
+            batch,
+            cache.csa_index,
+            cache.keys,
+            cache.key_format,
+            act=self.act,
+            hadamard=self.is_published,
+        )
+        q = ops.rope(ops.linear(qr8, p.wq_b).view(-1, heads, dim), angles.cos, angles.sin, False)
+        if self.is_published:
+            q = ops.quant_fp4(ops.hadamard(q), FP4_GROUP)
+        weights = ops.linear(x, p.weights_proj, out_dtype=torch.float32) * (dim**-0.5 * heads**-0.5)
+        return ops.index_topk(q, weights, batch, cache.keys, cache.key_format, k=config.index_topk)
+
+    # ---- experts (2.7) ---------------------------------------------------------------------------------------
+
+    def _feed_forward(self, x: Tensor, batch: Batch, p: FeedForward) -> Tensor:
+        ops, config = self.ops, self.config
+        scores = ops.linear(x, p.gate, out_dtype=torch.float32)
+        if p.table is not None:
+            ids, weights = ops.route_hash(scores, batch.token_ids, p.table, config.routed_scale)
+        else:
+            ids, weights = ops.route_topk(scores, p.bias, config.experts_per_token, config.routed_scale)
+        quantize = self.is_published and p.experts.w1[0].format in ("fp8", "fp4")
+        routed = ops.experts(x, ids, weights, p.experts, limit=config.swiglu_limit, quantize=quantize)
+
+        x8 = self._fp8_input(x, p.shared_w1)
+        z = ops.swiglu(ops.linear(x8, p.shared_w1), ops.linear(x8, p.shared_w3), config.swiglu_limit, None)
+        shared = ops.linear(self._fp8_input(z, p.shared_w2), p.shared_w2)
+        return (routed + shared.float()).to(self.act)
+
+    def _fp8_input(self, x: Tensor, weight: Weight) -> Tensor:
+        """At the published level the input of a quantised matrix is quantised too (2.9)."""
+        if self.is_published and weight.format in ("fp8", "fp4"):
+            return self.ops.quant_fp8(x, ACT_GROUP)
+        return x

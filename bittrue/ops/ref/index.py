@@ -1,0 +1,43 @@
+"""Reference of index_topk: score all visible keys, take the best by (score descending, id ascending)."""
+
+import torch
+from torch import Tensor
+
+from bittrue.config.formats import FP4_GROUP, RowFormat
+from bittrue.ops.contracts import CSA_RATIO, Batch
+from bittrue.ops.ref.pages import entry_rows
+from bittrue.ops.ref.quant import unpack_rows
+
+
+def index_topk(
+    q: Tensor, head_weights: Tensor, batch: Batch, keys: Tensor, format: RowFormat, *, k: int
+) -> Tensor:
+    ids = torch.full((q.shape[0], k), -1, dtype=torch.int32, device=q.device)
+    positions, seqs = batch.positions.tolist(), batch.seq_ids.tolist()
+    for t in range(q.shape[0]):
+        visible = (positions[t] + 1) // CSA_RATIO
+        if visible <= k:
+            ids[t, :visible] = torch.arange(visible, dtype=torch.int32, device=q.device)
+            continue
+        at = torch.arange(visible, device=q.device)
+        rows = unpack_rows(entry_rows(keys, batch.page_table, seqs[t], at), format)
+        scores = _scores(q[t].float(), head_weights[t], rows)
+        order = torch.sort(scores, descending=True, stable=True).indices
+        ids[t] = order[:k].sort().values.to(torch.int32)
+    return ids
+
+
+def _scores(q: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:
+    """q [Hi, ci], head_weights [Hi], keys [n, ci], all f32 -> [n] f32.
+
+    The dot product adds groups of 32 features in ascending order. Between FP4 values a group's sum is exact, so
+    there the score is the same on every backend that rounds head_weight * relu, then adds heads in ascending order.
+    """
+    dots = torch.zeros(q.shape[0], keys.shape[0], device=q.device)
+    for g in range(0, q.shape[1], FP4_GROUP):
+        dots = dots + (q[:, None, g : g + FP4_GROUP] * keys[None, :, g : g + FP4_GROUP]).sum(-1)
+    terms = head_weights[:, None] * torch.relu(dots)
+    scores = torch.zeros(keys.shape[0], device=q.device)
+    for h in range(q.shape[0]):
+        scores = scores + terms[h]
+    return scores

@@ -1,0 +1,63 @@
+# Everything a developer or an operator runs, one line per target. `make` prints them.
+# Needs python3 (3.11 or later, with venv), make and g++; the rest is installed into .venv from requirements.lock.
+.DEFAULT_GOAL := help
+.PHONY: help setup kernels serve test test-all lint types fmt bench docs gpu clean
+
+PYTHON ?= python3
+PORT ?= 8000
+# A checkpoint directory in the published layout. The default is generated: random weights, so its answers are noise.
+MODEL ?= models/generated/tiny
+BIN := .venv/bin
+KERNEL_SOURCES := $(wildcard bittrue/ops/cpu/csrc/*)
+
+help: ## print the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: .venv/.built ## create .venv, install the pinned dependencies, build the kernels
+
+.venv/.installed: requirements.lock
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install python3 (3.11 or later)"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than 3.11; pass PYTHON=/path/to/newer"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "make: cannot create .venv; on Debian: apt install python3-venv"; exit 2; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+.venv/.built: .venv/.installed pyproject.toml CMakeLists.txt $(KERNEL_SOURCES)
+	@command -v $${CXX:-g++} >/dev/null || { echo "make: no C++ compiler; install g++ (Debian: apt install g++) or set CXX"; exit 2; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+kernels: .venv/.built ## build the CPU kernels again if their sources changed
+
+models/generated/tiny: .venv/.built
+	$(BIN)/bittrue convert models/generated/tiny --random 0 --preset tiny --precision bf16
+
+serve: .venv/.built $(MODEL) ## serve MODEL (default: a generated one whose answers are noise) on PORT (8000)
+	$(BIN)/bittrue serve $(MODEL) --port $(PORT)
+
+test: .venv/.built ## tests that need no GPU and no network, under 5 minutes on 2 cores
+	$(BIN)/python -m pytest -m "not slow and not gpu and not weights"
+
+test-all: .venv/.built ## all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu and not weights"
+
+lint: .venv/.built ## ruff
+	$(BIN)/ruff check bittrue tests
+
+types: .venv/.built ## mypy, strict
+	$(BIN)/mypy
+
+fmt: .venv/.built ## format the sources
+	$(BIN)/ruff format bittrue tests
+
+bench: .venv/.built ## time every op and compare with the machine's own limits
+	$(BIN)/bittrue ops check
+
+docs: .venv/.built ## write the generated pages: docs/cli.md, docs/config.md, docs/metrics.md
+	$(BIN)/bittrue docs
+
+gpu: .venv/.built ## tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+clean: ## remove what was built and generated (keeps .venv)
+	rm -rf build models/generated bittrue/ops/cpu/*.so .venv/.built

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from bittrue.ops.contracts import HCA_RATIO, Batch, LayerCache
+from bittrue.ops.ref.norm import row_sum
 from bittrue.ops.ref.pages import entry_rows
 from bittrue.ops.ref.quant import unpack_rows
 
@@ -52,15 +53,12 @@ def _entries(t: int, batch: Batch, cache: LayerCache, ids: Tensor | None) -> Ten
 
 
 def _attend(q: Tensor, rows: Tensor, sink: Tensor, scale: float, round_probs: bool) -> Tensor:
-    """q [N, c], rows [n, c], sink [N], all f32 -> [N, c] f32.
-
-    Every sum runs along a contiguous axis, so that its order depends on the length of the list alone.
-    """
-    logits = (q[:, None, :] * rows[None, :, :]).sum(-1) * scale  # [N, n]
+    """q [N, c], rows [n, c], sink [N], all f32 -> [N, c] f32. The list's length sets the order of sums."""
+    logits = row_sum(q[:, None, :] * rows[None, :, :]) * scale  # [N, n]
     top = logits.amax(-1, keepdim=True)
     probs = torch.exp((logits - top).double()).float()
-    total = probs.sum(-1) + torch.exp((sink - top[:, 0]).double()).float()
+    total = row_sum(probs) + torch.exp((sink - top[:, 0]).double()).float()
     if round_probs:
         probs = probs.bfloat16().float()
     values = rows.T.contiguous()  # [c, n]
-    return (probs[:, None, :] * values[None, :, :]).sum(-1) / total[:, None]
+    return row_sum(probs[:, None, :] * values[None, :, :]) / total[:, None]

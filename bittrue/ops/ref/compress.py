@@ -1,4 +1,4 @@
-"""Reference of the two compressors: every channel pooled token by token in the order of absolute positions."""
+"""Reference of the two compressors: each channel pooled token by token, in the order of positions."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def csa_compress(
     batch: Batch,
     state: Tensor,
     pages: Tensor,
-    format: RowFormat,
+    fmt: RowFormat,
     *,
     act: torch.dtype,
     hadamard: bool,
@@ -43,7 +43,7 @@ def csa_compress(
                 half_a = [tuple(x[:c] for x in row(p)) for p in before]
                 half_b = [tuple(x[c:] for x in row(p)) for p in range(CSA_RATIO * i, t + 1)]
                 pooled = _softmax_pool(half_a + half_b)
-                entry = _finish(pooled, weights, CSA_RATIO * i, format, act, hadamard)
+                entry = _finish(pooled, weights, CSA_RATIO * i, fmt, act, hadamard)
                 write_entry(pages, batch.page_table, s, i, entry)
         for t in range(max(start, end - ring), end):
             state[slot, t % ring, 0] = u[first + t - start]
@@ -58,7 +58,7 @@ def hca_compress(
     fold: Tensor,
     pending: Tensor,
     pages: Tensor,
-    format: RowFormat,
+    fmt: RowFormat,
     *,
     act: torch.dtype,
 ) -> None:
@@ -82,7 +82,7 @@ def hca_compress(
             if (t + 1) % HCA_RATIO == 0:
                 i = t // HCA_RATIO
                 if t >= start:
-                    entry = _finish(pool[2] / pool[1], weights, HCA_RATIO * i, format, act, False)
+                    entry = _finish(pool[2] / pool[1], weights, HCA_RATIO * i, fmt, act, False)
                     write_entry(pages, batch.page_table, s, i, entry)
                 pool = _empty_pool(fold)
         if new_folded == end:
@@ -123,7 +123,7 @@ def _finish(
     pooled: Tensor,
     weights: CompressorWeights,
     position: int,
-    format: RowFormat,
+    fmt: RowFormat,
     act: torch.dtype,
     hadamard: bool,
 ) -> Tensor:

@@ -5,12 +5,13 @@ from torch import Tensor
 
 from bittrue.config.formats import FP4_GROUP, RowFormat
 from bittrue.ops.contracts import CSA_RATIO, Batch
+from bittrue.ops.ref.norm import row_sum
 from bittrue.ops.ref.pages import entry_rows
 from bittrue.ops.ref.quant import unpack_rows
 
 
 def index_topk(
-    q: Tensor, head_weights: Tensor, batch: Batch, keys: Tensor, format: RowFormat, *, k: int
+    q: Tensor, head_weights: Tensor, batch: Batch, keys: Tensor, fmt: RowFormat, *, k: int
 ) -> Tensor:
     ids = torch.full((q.shape[0], k), -1, dtype=torch.int32, device=q.device)
     positions, seqs = batch.positions.tolist(), batch.seq_ids.tolist()
@@ -20,7 +21,7 @@ def index_topk(
             ids[t, :visible] = torch.arange(visible, dtype=torch.int32, device=q.device)
             continue
         at = torch.arange(visible, device=q.device)
-        rows = unpack_rows(entry_rows(keys, batch.page_table, seqs[t], at), format)
+        rows = unpack_rows(entry_rows(keys, batch.page_table, seqs[t], at), fmt)
         scores = _scores(q[t].float(), head_weights[t], rows)
         order = torch.sort(scores, descending=True, stable=True).indices
         ids[t] = order[:k].sort().values.to(torch.int32)
@@ -31,11 +32,11 @@ def _scores(q: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:
     """q [Hi, ci], head_weights [Hi], keys [n, ci], all f32 -> [n] f32.
 
     The dot product adds groups of 32 features in ascending order. Between FP4 values a group's sum is exact, so
-    there the score is the same on every backend that rounds head_weight * relu, then adds heads in ascending order.
+    all backends that round head_weight * relu and add the heads in ascending order find the same score.
     """
     dots = torch.zeros(q.shape[0], keys.shape[0], device=q.device)
     for g in range(0, q.shape[1], FP4_GROUP):
-        dots = dots + (q[:, None, g : g + FP4_GROUP] * keys[None, :, g : g + FP4_GROUP]).sum(-1)
+        dots = dots + row_sum(q[:, None, g : g + FP4_GROUP] * keys[None, :, g : g + FP4_GROUP])
     terms = head_weights[:, None] * torch.relu(dots)
     scores = torch.zeros(keys.shape[0], device=q.device)
     for h in range(q.shape[0]):

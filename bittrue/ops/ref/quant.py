@@ -4,6 +4,8 @@ A scale is a ue8m0 byte, found without a logarithm: amax = m * 2^k with m in [1/
 value of the format is M * 2^p likewise, so ceil(log2(amax / largest)) is k - p, plus one when m > M.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -90,7 +92,7 @@ def hadamard(x: Tensor) -> Tensor:
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         values = torch.stack((a + b, a - b), dim=-2).flatten(-3)
         stride *= 2
-    return (values * float(n) ** -0.5).to(x.dtype)
+    return (values * (1.0 / math.sqrt(n))).to(x.dtype)
 
 
 def pack_rows(x: Tensor, fmt: RowFormat) -> Tensor:

@@ -133,7 +133,7 @@ def _finish(
     x = rope(x[:, None], *rope_angles(at, weights.inv_freq), False)[:, 0]
     if hadamard:
         x = hadamard_transform(x)
-    return pack_rows(x.contiguous(), format)[0]
+    return pack_rows(x.contiguous(), fmt)[0]
 
 
 def _exp(x: Tensor) -> Tensor:

@@ -1,0 +1,166 @@
+"""The vector layer: every instruction set gives the same bits, and the transcendental functions stay within 2 ulp."""
+
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from bittrue.errors import BackendUnavailable, ConfigError
+from bittrue.ops.cpu.library import F32, I64, ISAS, LIBRARY_PATH, PTR, Kernels, available_isas, check, load_kernels
+
+FUNCTIONS = {
+    "exp": 0, "log": 1, "log1p": 2, "softplus": 3, "sigmoid": 4, "fma": 5, "max": 6, "min": 7, "select": 8, "hsum": 9,
+    "hmax": 10, "fp8_round": 11, "fp4_round": 12, "lanes": 13, "blend": 14, "copysign": 15, "div": 16,
+}  # fmt: skip
+
+
+def vector(kernels: Kernels, name: str, a, b=None, c=None, dtype: int = 0) -> np.ndarray:
+    a = np.ascontiguousarray(a, np.float32)
+    b = a if b is None else np.ascontiguousarray(b, np.float32)
+    c = a if c is None else np.ascontiguousarray(c, np.float32)
+    out = np.empty(a.size, np.float32 if dtype == 0 else np.uint16)
+    run = kernels.bind("probe_vector", I64, PTR, PTR, PTR, PTR, I64, I64)
+    run(FUNCTIONS[name], a.ctypes.data, b.ctypes.data, c.ctypes.data, out.ctypes.data, dtype, a.size)
+    return out
+
+
+def samples(n: int = 4099) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    a, b, c = (rng.standard_normal(n) * 10.0 ** rng.integers(-3, 3, n) for _ in range(3))
+    special = [0, -0.0, 1e-45, -1e-45, 1e-38, 3e38, -3e38, np.inf, -np.inf, 1, -1, 448, 6, 2**-6]
+    a[:14], b[7:21], c[30:44] = special, special, special
+    return a.astype(np.float32), b.astype(np.float32), c.astype(np.float32)
+
+
+def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
+    both_nan = np.isnan(x) & np.isnan(y) if x.dtype == np.float32 else np.zeros(x.shape, bool)
+    unsigned = np.uint32 if x.dtype == np.float32 else np.uint16
+    return bool(np.all((x.view(unsigned) == y.view(unsigned)) | both_nan))
+
+
+def ulps(got: np.ndarray, exact: np.ndarray) -> float:
+    """Largest distance in units of the last place of the float32 nearest to the exact value."""
+    spacing = np.spacing(np.abs(exact.astype(np.float32))).astype(np.float64)
+    return float(np.max(np.abs(got.astype(np.float64) - exact) / spacing))
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
+@pytest.mark.parametrize("dtype", [0, 1])
+def test_all_instruction_sets_give_the_same_bits(name: str, dtype: int) -> None:
+    a, b, c = samples()
+    if name in ("hsum", "hmax", "log1p", "fp8_round"):
+        a = np.clip(np.nan_to_num(a), -448, 448)
+    if name == "log1p":
+        a = np.abs(a)
+    want = vector(load_kernels("portable"), name, a, b, c, dtype)
+    for isa in available_isas()[1:]:
+        assert same_bits(vector(load_kernels(isa), name, a, b, c, dtype), want), isa
+
+
+@pytest.mark.parametrize("isa", available_isas())
+def test_masked_tail_equals_the_full_vector(isa: str) -> None:
+    kernels = load_kernels(isa)
+    a, b, c = samples(64)
+    for name in ("exp", "fma", "fp8_round"):
+        full = vector(kernels, name, a, b, c)
+        for n in range(1, 33):
+            assert same_bits(vector(kernels, name, a[:n], b[:n], c[:n]), full[:n])
+
+
+def test_exp_is_within_two_ulp_and_reaches_subnormals_and_infinity() -> None:
+    kernels = load_kernels()
+    x = np.concatenate([np.linspace(-104.5, 88.7, 400_001), np.linspace(-1, 1, 100_001)]).astype(np.float32)
+    assert ulps(vector(kernels, "exp", x), np.exp(x.astype(np.float64))) <= 2
+    edges = np.array([0, -0.0, -np.inf, np.inf, 89, 200, -104, -1e30, np.nan], np.float32)
+    assert np.array_equal(
+        vector(kernels, "exp", edges), np.array([1, 1, 0, np.inf, np.inf, np.inf, 0, 0, np.nan]), equal_nan=True
+    )
+
+
+def test_log_is_within_two_ulp_over_all_magnitudes() -> None:
+    kernels = load_kernels()
+    rng = np.random.default_rng(2)
+    bits = rng.integers(1, 0x7F800000, 400_000).astype(np.uint32)
+    x = np.concatenate([bits.view(np.float32), np.linspace(0.5, 2, 100_001).astype(np.float32)])
+    assert ulps(vector(kernels, "log", x), np.log(x.astype(np.float64))) <= 2
+    edges = np.array([0, -1, np.inf, np.nan, 1], np.float32)
+    assert np.array_equal(
+        vector(kernels, "log", edges), np.array([-np.inf, np.nan, np.inf, np.nan, 0]), equal_nan=True
+    )
+
+
+def test_softplus_is_accurate_for_small_and_large_inputs() -> None:
+    kernels = load_kernels()
+    x = np.linspace(-87, 87, 300_001).astype(np.float32)
+    assert ulps(vector(kernels, "softplus", x), np.logaddexp(x.astype(np.float64), 0)) <= 4
+    far = np.array([1e4, -1e4, 3e38, -3e38], np.float32)
+    assert vector(kernels, "softplus", far).tolist() == [1e4, 0, np.float32(3e38), 0]
+    y = np.concatenate([np.geomspace(1e-38, 1e30, 200_001), [0]]).astype(np.float32)
+    assert ulps(vector(kernels, "log1p", y), np.log1p(y.astype(np.float64))) <= 2
+
+
+def test_bf16_store_rounds_to_nearest_even() -> None:
+    rng = np.random.default_rng(3)
+    x = rng.integers(0, 2**32, 100_000, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    x = x[~np.isnan(x)]
+    want = torch.from_numpy(x.copy()).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    for isa in available_isas():
+        assert np.array_equal(vector(load_kernels(isa), "max", x, x, dtype=1), want)
+        nan = vector(load_kernels(isa), "fma", np.array([np.nan, 1], np.float32), dtype=1)
+        assert nan[0] == 0x7FC0
+
+
+def test_horizontal_sum_is_the_documented_tree() -> None:
+    a, _, _ = samples(16 * 50)
+    a = np.clip(np.nan_to_num(a), -1e6, 1e6)
+    tree = a.reshape(-1, 16).copy()
+    for s in (8, 4, 2, 1):
+        tree = tree[:, :s] + tree[:, s : 2 * s]
+    assert same_bits(vector(load_kernels(), "hsum", a)[::16].copy(), tree[:, 0].copy())
+
+
+def test_library_holds_no_shared_library_code_of_one_instruction_set() -> None:
+    """A std:: function emitted by the AVX-512 build would be linked for every processor."""
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("no nm on this machine")
+    symbols = subprocess.run([nm, "-C", "--defined-only", LIBRARY_PATH], capture_output=True, text=True, check=True)
+    assert [line for line in symbols.stdout.splitlines() if " std::" in line or " W " in line] == []
+
+
+def test_explicit_instruction_set_is_used_and_unknown_ones_are_refused() -> None:
+    assert load_kernels("portable").isa == "portable"
+    assert load_kernels().isa == available_isas()[-1]
+    with pytest.raises(ConfigError, match="avx3"):
+        load_kernels("avx3")
+    for isa in set(ISAS) - set(available_isas()):
+        with pytest.raises(BackendUnavailable, match=isa):
+            load_kernels(isa)
+
+
+def test_missing_kernel_says_that_the_library_is_old() -> None:
+    with pytest.raises(BackendUnavailable, match="make setup"):
+        load_kernels().bind("no_such_kernel", F32)
+
+
+def test_thread_count_is_kept_for_every_calling_thread() -> None:
+    kernels = load_kernels()
+    before = kernels.threads
+    kernels.set_threads(3)
+    assert kernels.threads == 3
+    kernels.set_threads(before)
+    with pytest.raises(ConfigError):
+        kernels.set_threads(0)
+
+
+def test_checks_name_the_op_and_the_argument() -> None:
+    x = torch.zeros(4, 6)
+    check("linear", "x", x, (None, 6), torch.float32)
+    with pytest.raises(ValueError, match=r"linear: x must have shape \[\*, 5\], not \[4, 6\]"):
+        check("linear", "x", x, (None, 5))
+    with pytest.raises(ValueError, match="linear: x must be bfloat16, not float32"):
+        check("linear", "x", x, None, torch.bfloat16)
+    with pytest.raises(ValueError, match="contiguous"):
+        check("linear", "x", x.t(), None)

@@ -1,0 +1,177 @@
+"""The ledger: from a model's shape to the bytes of every cache pool, for planner, pools and metrics alike.
+
+A *page* holds what 128 tokens leave behind for good, in every layer at once; a *state slot* holds the fixed part of
+one live sequence. The parts and their shapes are those of ``ops.contracts.LayerCache``.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, Protocol
+
+from bittrue.config.formats import ActDtype, Level, RowFormat, ceil_div, index_key_format, kv_row_format
+from bittrue.errors import ConfigError
+
+LayerKind = Literal["window", "csa", "hca"]
+PartName = Literal["window", "rows", "keys", "csa", "csa_index", "hca_fold", "hca_pending"]
+CSA_RATIO = 4
+HCA_RATIO = 128
+PAGE_TOKENS = 128  # the least common multiple of the two ratios: a page ends with a whole row in every layer
+
+# An entry of a CSA layer pools 8 tokens, so the raw rows of the last 8 must be at hand.
+CSA_FRONTIER = 8
+
+
+class CacheShape(Protocol):
+    """What the ledger needs to know of a model (ModelConfig has it)."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def rope_dim(self) -> int: ...
+    @property
+    def index_head_dim(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+    def layer_kind(self, layer: int, /) -> LayerKind: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CachePart:
+    """One tensor of ``LayerCache``, which is [pages or slots, *shape]: ``shape`` is that of one page or slot."""
+
+    name: PartName
+    per: Literal["page", "slot"]
+    dtype: Literal["u8", "f32"]
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * (4 if self.dtype == "f32" else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLayout:
+    """The parts of one layer. ``key_format`` is None where there are no index keys."""
+
+    kind: LayerKind
+    row_format: RowFormat
+    key_format: RowFormat | None
+    parts: tuple[CachePart, ...]
+
+    @property
+    def page_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts if part.per == "page")
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(part.bytes for part in self.parts if part.per == "slot")
+
+
+def pages_for(num_tokens: int) -> int:
+    """Pages that hold ``num_tokens`` tokens."""
+    return ceil_div(num_tokens, PAGE_TOKENS)
+
+
+def layer_layout(
+    kind: LayerKind, config: CacheShape, *, level: Level, act: ActDtype, max_draft: int
+) -> LayerLayout:
+    """The parts of a layer of ``kind``. Rings hold what must survive a rejected draft; their sizes are computed."""
+    c, index_dim = config.head_dim, config.index_head_dim
+    row = kv_row_format(level, act, c, config.rope_dim)
+    window = CachePart("window", "slot", "u8", (config.window + max_draft, row.bytes))
+    if kind == "window":
+        return LayerLayout(kind, row, None, (window,))
+    if kind == "csa":
+        key = index_key_format(level, act, index_dim)
+        rows_per_page = PAGE_TOKENS // CSA_RATIO
+        frontier = CSA_FRONTIER + max_draft
+        parts = (
+            window,
+            CachePart("rows", "page", "u8", (rows_per_page, row.bytes)),
+            CachePart("keys", "page", "u8", (rows_per_page, key.bytes)),
+            CachePart("csa", "slot", "f32", (frontier, 2, 2 * c)),
+            CachePart("csa_index", "slot", "f32", (frontier, 2, 2 * index_dim)),
+        )
+        return LayerLayout(kind, row, key, parts)
+    pooled = (
+        window,
+        CachePart("rows", "page", "u8", (PAGE_TOKENS // HCA_RATIO, row.bytes)),
+        CachePart("hca_fold", "slot", "f32", (3, c)),
+        CachePart("hca_pending", "slot", "f32", (max_draft, 2, c)),
+    )
+    return LayerLayout(kind, row, None, pooled)
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """The cache of a whole model. ``layers[i]`` describes layer i."""
+
+    layers: tuple[LayerLayout, ...]
+    window: int
+    max_draft: int
+
+    @classmethod
+    def of(cls, config: CacheShape, *, level: Level, act: ActDtype, max_draft: int = 0) -> "KVLayout":
+        """The layout of ``config`` at a numeric level, with room to undo ``max_draft`` tokens."""
+        if max_draft < 0:
+            raise ConfigError(f"max_draft is {max_draft}; it must be 0 or more", field="max_draft")
+        layers = tuple(
+            layer_layout(config.layer_kind(i), config, level=level, act=act, max_draft=max_draft)
+            for i in range(config.num_layers)
+        )
+        return cls(layers, config.window, max_draft)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, all layers."""
+        return sum(layer.page_bytes for layer in self.layers)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one state slot, all layers."""
+        return sum(layer.slot_bytes for layer in self.layers)
+
+    def part_bytes(self, name: PartName) -> int:
+        """Bytes of one part in one page or slot, all layers: the lines of the ledger."""
+        return sum(part.bytes for layer in self.layers for part in layer.parts if part.name == name)
+
+    def pool_bytes(self, pages: int, slots: int) -> int:
+        return pages * self.page_bytes + slots * self.slot_bytes
+
+    def fit(self, budget_bytes: int, *, max_sequences: int, max_context: int) -> tuple[int, int]:
+        """How many (pages, slots) to make of ``budget_bytes``: never more than ``max_sequences`` could use.
+
+        Bought in this order: one slot with the pages of one sequence of ``max_context`` tokens (as many as
+        fit); then further slots, each with one page; then pages. One long sequence comes before many at once.
+        Raises ConfigError when not even one slot and one page fit.
+        """
+        if max_sequences < 1 or max_context < 1:
+            raise ConfigError(
+                f"max_sequences is {max_sequences}, max_context {max_context}; both must be 1 or more",
+                field="max_sequences" if max_sequences < 1 else "max_context",
+            )
+        smallest = self.pool_bytes(1, 1)
+        if budget_bytes < smallest:
+            raise ConfigError(
+                f"the KV memory is {budget_bytes} bytes, but one sequence of one page needs {smallest} "
+                f"({self.slot_bytes} for the state, {self.page_bytes} for {PAGE_TOKENS} tokens); raise --kv-memory",
+                field="kv_memory",
+            )
+        context_pages = pages_for(max_context)
+        pages, slots = 1, 1
+        left = budget_bytes - smallest
+        pages += (more := affordable(left, self.page_bytes, context_pages - pages))
+        left -= more * self.page_bytes
+        if pages == context_pages:
+            extra = affordable(left, smallest, max_sequences - 1)
+            slots, pages = slots + extra, pages + extra
+            left -= extra * smallest
+        pages += affordable(left, self.page_bytes, max_sequences * context_pages - pages)
+        return pages, slots
+
+
+def affordable(budget_bytes: int, unit_bytes: int, wanted: int) -> int:
+    """How many of ``wanted`` units the budget buys; units without bytes (pages of window-only models) cost nothing."""
+    return max(0, wanted if unit_bytes == 0 else min(wanted, budget_bytes // unit_bytes))

@@ -1,0 +1,103 @@
+"""RunConfig: every knob of a run, once, with its unit, its default and one line of help."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY_SUFFIXES = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(value: Any) -> Any:
+    """``"4GiB"``, ``"512M"`` or an int, as a number of bytes; other types are left for the type check."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmgt]i?)?b?\s*", value.lower())
+    if match is None:
+        raise ValueError(
+            f"{value!r} is not a size; write bytes, or a number with KiB, MiB, GiB, KB, MB or GB"
+        )
+    unit = match.group(2) or ""
+    return int(float(match.group(1)) * {**_SUFFIXES, **_BINARY_SUFFIXES}[unit])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class RunConfig(BaseModel):
+    """How one run is set up. Flags, TOML files and docs derive from these fields; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+    model: str = Field(
+        min_length=1, description="Checkpoint directory: config.json, *.safetensors, tokenizer.json."
+    )
+    served_name: str = Field("", description="Name clients use in `model`; empty = the directory's name.")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 picks a free one.")
+    api_key: str = Field(
+        "", description="Key clients must send as `Authorization: Bearer KEY`; empty = none."
+    )
+    device: Literal["cpu", "cuda"] = Field("cpu", description="Where tensors live.")
+    backend: Literal["cpu", "reference"] = Field(
+        "cpu", description="Kernels: fast ones, or the slow definition."
+    )
+    isa: Literal["auto", "avx2", "avx512"] = Field("auto", description="CPU instruction set of the kernels.")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the kernels; 0 = every core.")
+    level: Literal["auto", "maths", "published"] = Field(
+        "auto",
+        description="Numeric level: plain maths, or the published quantisation rules; auto = the model's.",
+    )
+    act: Literal["auto", "f32", "bf16"] = Field(
+        "auto", description="Activation dtype; auto = the checkpoint's."
+    )
+    max_context: int = Field(0, ge=0, description="Tokens of prompt plus output; 0 = the model's own limit.")
+    kv_memory: Bytes = Field(2**30, ge=2**16, description="Bytes for pages and states, e.g. 4GiB.")
+    max_step_tokens: int = Field(
+        512, ge=1, description="Most tokens in one engine step (prefill chunk plus decodes)."
+    )
+    max_running: int = Field(64, ge=1, description="Most sequences in one step.")
+    max_queue: int = Field(256, ge=0, description="Most sequences waiting; beyond it a request gets 429.")
+    max_body_bytes: Bytes = Field(
+        32 * 2**20, ge=1024, description="Largest request body, in bytes; beyond it 413."
+    )
+    max_logprobs: int = Field(20, ge=0, le=1024, description="Most rivals a request may ask for per token.")
+    thinking: bool = Field(
+        False, description="Whether chat requests that do not say so reason before they answer."
+    )
+    drain_timeout_s: float = Field(30.0, ge=0, description="Seconds unfinished requests get after SIGTERM.")
+    keepalive_s: float = Field(
+        10.0, gt=0, description="Seconds of silence in a stream before a comment line is sent."
+    )
+    max_restarts: int = Field(
+        5, ge=0, description="Restarts of a dying engine process, without a token in between."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level of log lines."
+    )
+
+    @property
+    def name(self) -> str:
+        """The name clients use in ``model``."""
+        return self.served_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+    def public_json(self) -> str:
+        """The resolved configuration as one line of JSON, without the key."""
+        shown = self.model_copy(update={"api_key": "***"}) if self.api_key else self
+        return shown.model_dump_json()
+
+
+def knob_help() -> dict[str, str]:
+    """One line per knob: what it is, then its default."""
+    lines = {}
+    for name, field in RunConfig.model_fields.items():
+        default = "" if field.is_required() else f" [default: {_shown(field.default)}]"
+        lines[name] = f"{field.description}{default}"
+    return lines
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if value != "" else "none"

@@ -1,0 +1,180 @@
+"""The engine process: owns the model and the KV memory, takes requests from a socket and sends back tokens."""
+
+import importlib
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from bittrue.config.load import run_config_from_json
+from bittrue.config.run import RunConfig
+from bittrue.engine.types import Abort, EngineStats, Request, TokenEvent
+from bittrue.engine.wire import (
+    HEADER_BYTES,
+    FromEngine,
+    Hello,
+    Ping,
+    Pong,
+    Ready,
+    Shutdown,
+    StepDone,
+    ToEngine,
+    body_bytes,
+    decode_to_engine,
+    frame,
+    refusal,
+)
+from bittrue.errors import BittrueError, ConfigError, EngineDied
+
+EXIT_REFUSED = 2  # the engine could not be built; the reason was sent
+EXIT_CRASHED = 70  # an unforeseen error; its traceback is on stderr
+
+
+class ModelFacts(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class ServedEngine(Protocol):
+    """What the process needs of an engine (engine.Engine is one).
+
+    Events of a request with ``resume`` hold only the tokens after those. ``has_work()`` means ``step()`` makes progress.
+    """
+
+    @property
+    def config(self) -> ModelFacts: ...
+    @property
+    def max_context(self) -> int: ...
+    def add(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self) -> list[TokenEvent]: ...
+    def has_work(self) -> bool: ...
+    def stats(self) -> EngineStats: ...
+    def fingerprint(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+EngineFactory = Callable[[str, RunConfig], ServedEngine]
+
+
+def main(fd: int) -> int:
+    """Body of the engine process; ``fd`` is its end of the socket pair. Returns the exit code."""
+    # A terminal's Ctrl-C and a service manager's SIGTERM reach the whole group: the server decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    link = socket.socket(fileno=fd)
+    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    threading.Thread(target=_read_messages, args=(link, inbox), name="inbox", daemon=True).start()
+
+    def send(message: FromEngine) -> None:
+        try:
+            link.sendall(frame(message))
+        except ConnectionError:
+            os._exit(0)  # the server process has gone
+
+    engine: ServedEngine | None = None
+    try:
+        hello = inbox.get()
+        assert isinstance(hello, Hello), hello
+        engine = _build(hello)
+        send(
+            Ready(
+                max_context=engine.max_context,
+                vocab_size=engine.config.vocab_size,
+                fingerprint=engine.fingerprint(),
+                stats=engine.stats(),
+            )
+        )
+        _run(engine, inbox, send)
+        engine.close()
+        return 0
+    except BittrueError as error:
+        if engine is None:
+            send(refusal(None, error))
+            return EXIT_REFUSED
+        return _crashed()
+    except Exception as error:  # noqa: BLE001  the engine's top: recorded, then the supervisor decides
+        if engine is None:
+            send(refusal(None, EngineDied(f"the engine could not start: {type(error).__name__}: {error}")))
+        return _crashed()
+
+
+def _crashed() -> int:
+    traceback.print_exc(file=sys.stderr)
+    sys.stderr.flush()
+    return EXIT_CRASHED
+
+
+def _build(hello: Hello) -> ServedEngine:
+    config = run_config_from_json(hello.run_config)
+    module_name, _, attribute = hello.factory.partition(":")
+    factory: EngineFactory = getattr(importlib.import_module(module_name), attribute)
+    if not Path(config.model).is_dir():
+        raise ConfigError(f"model: {config.model} is not a directory", field="model")
+    return factory(config.model, config)
+
+
+def _read_messages(link: socket.socket, inbox: "queue.SimpleQueue[ToEngine]") -> None:
+    """Fills the inbox. The stream ends only when the server process has gone: then this process ends, mid-step or not."""
+    while True:
+        header = _read_exactly(link, HEADER_BYTES)
+        body = None if header is None else _read_exactly(link, body_bytes(header))
+        if body is None:
+            os._exit(0)
+        inbox.put(decode_to_engine(body))
+
+
+def _read_exactly(link: socket.socket, num_bytes: int) -> bytes | None:
+    """None at the end of the stream."""
+    parts = bytearray()
+    while len(parts) < num_bytes:
+        try:
+            part = link.recv(num_bytes - len(parts))
+        except OSError:
+            return None
+        if not part:
+            return None
+        parts += part
+    return bytes(parts)
+
+
+def _run(engine: ServedEngine, inbox: "queue.SimpleQueue[ToEngine]", send: Callable[[FromEngine], None]) -> None:
+    """Takes in what has arrived, steps, reports; sleeps on the inbox when there is no work. Returns on Shutdown."""
+    while True:
+        if not _take_in(engine, inbox, send):
+            return
+        events = engine.step() if engine.has_work() else []
+        send(StepDone(events=events, stats=engine.stats()))
+
+
+def _take_in(
+    engine: ServedEngine, inbox: "queue.SimpleQueue[ToEngine]", send: Callable[[FromEngine], None]
+) -> bool:
+    """Handles every waiting message, waiting for one if the engine is idle. False on Shutdown."""
+    while True:
+        try:
+            message = inbox.get(block=not engine.has_work())
+        except queue.Empty:
+            return True
+        match message:
+            case Request():
+                try:
+                    engine.add(message)
+                except BittrueError as error:
+                    send(refusal(message.request_id, error))
+            case Abort():
+                engine.abort(message.request_id)
+            case Ping():
+                send(Pong(ping_id=message.ping_id, stats=engine.stats()))
+            case Shutdown():
+                return False
+            case Hello():
+                raise AssertionError("a second Hello")
+        if inbox.empty():
+            return True

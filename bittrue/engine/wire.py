@@ -1,0 +1,105 @@
+"""The messages between the server process and the engine process, and how they are framed on a stream socket."""
+
+import struct
+from typing import Any
+
+import msgspec
+
+from bittrue import errors
+from bittrue.engine.types import Abort, EngineStats, Request, TokenEvent
+
+_LENGTH = struct.Struct("<I")
+HEADER_BYTES = _LENGTH.size
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """First message to a new engine process: what to build."""
+
+    factory: str  # "package.module:callable"; called with (model directory, RunConfig)
+    run_config: str  # RunConfig as JSON
+
+
+class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping"):
+    """Asks for a Pong once everything sent before has been taken in."""
+
+    ping_id: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
+    """Close the engine and exit 0."""
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
+    """The engine is built. ``fingerprint`` tells two engines apart that may not continue each other's sequences."""
+
+    max_context: int
+    vocab_size: int
+    fingerprint: dict[str, Any]
+    stats: EngineStats
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
+    """An error of errors.py: of one request, or (``request_id`` None) of the start-up."""
+
+    request_id: str | None
+    kind: str
+    message: str
+    fields: dict[str, Any] = {}
+
+
+class StepDone(msgspec.Struct, frozen=True, kw_only=True, tag="step"):
+    """What one step brought, and the numbers after it."""
+
+    events: list[TokenEvent]
+    stats: EngineStats
+
+
+class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong"):
+    ping_id: int
+    stats: EngineStats
+
+
+ToEngine = Hello | Request | Abort | Ping | Shutdown
+FromEngine = Ready | Refused | StepDone | Pong
+
+_ENCODER = msgspec.msgpack.Encoder()
+_TO_ENGINE = msgspec.msgpack.Decoder(ToEngine)
+_FROM_ENGINE = msgspec.msgpack.Decoder(FromEngine)
+
+
+def frame(message: ToEngine | FromEngine) -> bytes:
+    """The message as msgpack behind its length, 4 bytes little-endian."""
+    body = _ENCODER.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def body_bytes(header: bytes) -> int:
+    """The length a frame's header announces."""
+    length: int = _LENGTH.unpack(header)[0]
+    return length
+
+
+def decode_to_engine(body: bytes) -> ToEngine:
+    message: ToEngine = _TO_ENGINE.decode(body)
+    return message
+
+
+def decode_from_engine(body: bytes) -> FromEngine:
+    message: FromEngine = _FROM_ENGINE.decode(body)
+    return message
+
+
+def refusal(request_id: str | None, error: errors.BittrueError) -> Refused:
+    """``error`` as a message; its attributes travel along."""
+    return Refused(request_id=request_id, kind=type(error).__name__, message=str(error), fields=vars(error))
+
+
+def error_of(refused: Refused) -> errors.BittrueError:
+    """The error a Refused carries, as the class it had on the other side (EngineDied when there is no such class)."""
+    found = getattr(errors, refused.kind, None)
+    is_known = isinstance(found, type) and issubclass(found, errors.BittrueError)
+    kind: type[errors.BittrueError] = found if is_known else errors.EngineDied  # type: ignore[assignment]
+    error = kind.__new__(kind)  # the text is already composed: constructors would compose it again
+    error.args = (refused.message,)
+    vars(error).update(refused.fields)
+    return error

@@ -1,0 +1,122 @@
+"""The one table of metric names, as Prometheus collectors on a registry of its own."""
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """One row of the table: counters get ``_total`` appended, histograms ``_bucket`` and so on."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+
+
+METRICS = (
+    MetricSpec(
+        "bittrue_requests", "counter", "HTTP requests by endpoint and status.", ("endpoint", "status")
+    ),
+    MetricSpec("bittrue_sequences", "counter", "Sequences ended, by finish reason.", ("finish_reason",)),
+    MetricSpec("bittrue_prompt_tokens", "counter", "Prompt tokens of sequences that produced a first event."),
+    MetricSpec("bittrue_cached_tokens", "counter", "Prompt tokens taken from the prefix cache."),
+    MetricSpec("bittrue_generated_tokens", "counter", "Tokens generated."),
+    MetricSpec("bittrue_time_to_first_token_seconds", "histogram", "Request received to first token."),
+    MetricSpec("bittrue_inter_token_seconds", "histogram", "Time between two tokens of a sequence."),
+    MetricSpec("bittrue_request_seconds", "histogram", "Submission of a sequence to its end."),
+    MetricSpec("bittrue_tokenize_seconds", "histogram", "Messages or text to token ids."),
+    MetricSpec("bittrue_unfinished_sequences", "gauge", "Sequences in the token journal."),
+    MetricSpec("bittrue_running_sequences", "gauge", "Sequences running in the engine."),
+    MetricSpec("bittrue_waiting_sequences", "gauge", "Sequences waiting in the engine."),
+    MetricSpec("bittrue_preempted", "counter", "Sequences preempted because memory ran out."),
+    MetricSpec("bittrue_engine_steps", "counter", "Engine steps."),
+    MetricSpec("bittrue_engine_restarts", "counter", "Restarts of the engine process."),
+    MetricSpec("bittrue_pages", "gauge", "KV pages: free, held, total (free + held = total).", ("state",)),
+    MetricSpec("bittrue_state_slots", "gauge", "State slots: free, held, total.", ("state",)),
+)
+
+
+class EngineNumbers(Protocol):
+    """What ``Metrics.update_engine`` reads: the fields of engine.types.EngineStats."""
+
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_preempted_total(self) -> int: ...
+    @property
+    def num_steps_total(self) -> int: ...
+    @property
+    def pages_total(self) -> int: ...
+    @property
+    def pages_free(self) -> int: ...
+    @property
+    def pages_held(self) -> int: ...
+    @property
+    def slots_total(self) -> int: ...
+    @property
+    def slots_free(self) -> int: ...
+    @property
+    def slots_held(self) -> int: ...
+
+
+@dataclass(slots=True)
+class Metrics:
+    """Every collector of METRICS, by name. One instance per server."""
+
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    counters: dict[str, Counter] = field(init=False, default_factory=dict)
+    gauges: dict[str, Gauge] = field(init=False, default_factory=dict)
+    histograms: dict[str, Histogram] = field(init=False, default_factory=dict)
+    _last_totals: dict[str, int] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for spec in METRICS:
+            if spec.kind == "counter":
+                self.counters[spec.name] = Counter(spec.name, spec.help, spec.labels, registry=self.registry)
+            elif spec.kind == "gauge":
+                self.gauges[spec.name] = Gauge(spec.name, spec.help, spec.labels, registry=self.registry)
+            else:
+                self.histograms[spec.name] = Histogram(
+                    spec.name, spec.help, spec.labels, registry=self.registry, buckets=_LATENCY_S
+                )
+
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        counter = self.counters[name]
+        (counter.labels(**labels) if labels else counter).inc(amount)
+
+    def observe(self, name: str, value: float) -> None:
+        self.histograms[name].observe(value)
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        gauge = self.gauges[name]
+        (gauge.labels(**labels) if labels else gauge).set(value)
+
+    def update_engine(self, stats: EngineNumbers) -> None:
+        """Takes over the engine's numbers; totals that fell come from a restarted engine: count from zero."""
+        self.set("bittrue_running_sequences", stats.num_running)
+        self.set("bittrue_waiting_sequences", stats.num_waiting)
+        for state, pages, slots in (
+            ("free", stats.pages_free, stats.slots_free),
+            ("held", stats.pages_held, stats.slots_held),
+            ("total", stats.pages_total, stats.slots_total),
+        ):
+            self.set("bittrue_pages", pages, state=state)
+            self.set("bittrue_state_slots", slots, state=state)
+        self._add_total("bittrue_preempted", stats.num_preempted_total)
+        self._add_total("bittrue_engine_steps", stats.num_steps_total)
+
+    def _add_total(self, name: str, total: int) -> None:
+        last = self._last_totals.get(name, 0)
+        self.count(name, total - last if total >= last else total)
+        self._last_totals[name] = total
+
+    def exposition(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,190 @@
+"""A small deterministic engine without a model: the next token is a hash of seed, position and the last two tokens."""
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bittrue.config.run import RunConfig
+from bittrue.engine.types import EngineStats, FinishReason, Request, TokenEvent, TokenLogprob
+from bittrue.errors import CheckpointError, PromptTooLong, QueueFull
+from bittrue.text.detokenize import Detokenizer
+from bittrue.text.stop import StopMatcher
+from bittrue.text.tokenizer import Tokenizer
+
+PAGE = 4
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A prompt that contains ``key`` is answered with ``reply`` and the end token."""
+
+    key: list[int]
+    reply: list[int]
+
+
+@dataclass(frozen=True)
+class StandinOptions:
+    """What the directory's standin.json says."""
+
+    vocab_size: int = 1000
+    max_context: int = 512
+    eos_id: int = 1
+    low: int = 10  # tokens of the walk: low <= id < high
+    high: int = 200
+    step_s: float = 0.0
+    num_pages: int = 400
+    replies: list[Reply] = field(default_factory=list)
+    crash_on: list[int] = field(default_factory=list)  # a prompt with this token kills the process at its first step
+    broken_file: str = ""  # start-up fails with a CheckpointError that names it
+
+    def save(self, directory: Path) -> None:
+        (directory / "standin.json").write_text(json.dumps(asdict(self)))
+
+
+@dataclass
+class _Live:
+    request: Request
+    generated: list[int]
+    stops: StopMatcher
+    detokenizer: Detokenizer | None
+    pages: int = 0
+    has_reported_prompt: bool = False
+
+
+class NgramEngine:
+    """Implements process.ServedEngine."""
+
+    def __init__(self, model_dir: str, config: RunConfig) -> None:
+        stored = json.loads((Path(model_dir) / "standin.json").read_text())
+        stored["replies"] = [Reply(**reply) for reply in stored["replies"]]
+        self.config = StandinOptions(**stored)
+        if self.config.broken_file:
+            raise CheckpointError(
+                f"{self.config.broken_file}: tensor layers.0.attn.wq_a.weight holds a NaN",
+                file=self.config.broken_file,
+                tensor="layers.0.attn.wq_a.weight",
+            )
+        self.max_context = config.max_context or self.config.max_context
+        tokenizer_file = Path(model_dir) / "tokenizer.json"
+        self._tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file.exists() else None
+        self._max_running, self._max_queue = config.max_running, config.max_queue
+        self._waiting: list[_Live] = []
+        self._running: list[_Live] = []
+        self._num_steps = 0
+
+    def add(self, request: Request) -> None:
+        if len(request.prompt) >= self.max_context:
+            raise PromptTooLong(num_tokens=len(request.prompt), limit=self.max_context)
+        if len(self._waiting) >= max(self._max_queue, 1) + self._max_running:
+            raise QueueFull("too many sequences wait")
+        detokenizer = Detokenizer(self._tokenizer) if self._tokenizer else None
+        live = _Live(request, [], StopMatcher(request.params.stop), detokenizer)
+        for token in request.resume:
+            assert self._append(live, token)[0] is None
+        self._waiting.append(live)
+
+    def abort(self, request_id: str) -> None:
+        self._waiting = [live for live in self._waiting if live.request.request_id != request_id]
+        self._running = [live for live in self._running if live.request.request_id != request_id]
+
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def step(self) -> list[TokenEvent]:
+        self._num_steps += 1
+        time.sleep(self.config.step_s)
+        free = self.config.num_pages - sum(self._pages(live) for live in self._running)
+        while self._waiting and len(self._running) < self._max_running and free >= self._pages(self._waiting[0]):
+            free -= self._pages(self._waiting[0])
+            self._running.append(self._waiting.pop(0))
+        events = [self._advance(live) for live in self._running]
+        ended = {event.request_id for event in events if event.finish_reason}
+        self._running = [live for live in self._running if live.request.request_id not in ended]
+        return events
+
+    def stats(self) -> EngineStats:
+        held = sum(self._pages(live) for live in self._running)
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_steps_total=self._num_steps,
+            pages_total=self.config.num_pages,
+            pages_free=self.config.num_pages - held,
+            pages_held=held,
+            slots_total=self._max_running,
+            slots_free=self._max_running - len(self._running),
+            slots_held=len(self._running),
+            weight_version="standin-1",
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"engine": "ngram", "vocab_size": self.config.vocab_size}
+
+    def close(self) -> None:
+        self._waiting, self._running = [], []
+
+    def _pages(self, live: _Live) -> int:
+        return -(-(len(live.request.prompt) + live.request.params.max_tokens) // PAGE)
+
+    def _advance(self, live: _Live) -> TokenEvent:
+        request = live.request
+        if any(token in request.prompt for token in self.config.crash_on):
+            os._exit(9)
+        token = self._next(live)
+        reason, match = self._append(live, token)
+        is_first, live.has_reported_prompt = not live.has_reported_prompt, True
+        num_top, num_prompt_top = request.params.logprobs, request.params.prompt_logprobs
+        prompt_logprobs = None
+        if is_first and num_prompt_top is not None:
+            rest = request.prompt[1:]
+            prompt_logprobs = (None, *(self._logprob(token_id, num_prompt_top) for token_id in rest))
+        return TokenEvent(
+            request_id=request.request_id,
+            token_ids=(token,),
+            logprobs=() if num_top is None else (self._logprob(token, num_top),),
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
+            stop_match=match,
+            num_prompt_tokens=len(request.prompt),
+            num_cached_tokens=0,
+        )
+
+    def _next(self, live: _Live) -> int:
+        params, tokens = live.request.params, [*live.request.prompt, *live.generated]
+        for reply in self.config.replies:
+            if _contains(live.request.prompt, reply.key):
+                answer = [*reply.reply, self.config.eos_id]
+                return answer[min(len(live.generated), len(answer) - 1)]
+        best = max(params.logit_bias, key=lambda token: params.logit_bias[token], default=None)
+        if best is not None and params.logit_bias[best] >= 50:
+            return best
+        seed = 0 if params.temperature == 0 else params.seed
+        digest = hashlib.blake2b(repr((seed, len(tokens), tokens[-2:])).encode(), digest_size=8).digest()
+        return self.config.low + int.from_bytes(digest, "little") % (self.config.high - self.config.low)
+
+    def _append(self, live: _Live, token: int) -> tuple[FinishReason | None, str | int | None]:
+        params = live.request.params
+        live.generated.append(token)
+        num = len(live.generated)
+        if num > params.min_tokens and token in params.stop_token_ids:
+            return "stop", token
+        if num > params.min_tokens and token == self.config.eos_id and not params.ignore_eos:
+            return "stop", None
+        if live.detokenizer is not None and num > params.min_tokens:
+            match = live.stops.feed(live.detokenizer.feed([token])).matched
+            if match is not None:
+                return "stop", match
+        is_full = num >= params.max_tokens or len(live.request.prompt) + num >= self.max_context
+        return ("length" if is_full else None), None
+
+    def _logprob(self, token: int, num_top: int) -> TokenLogprob:
+        top = tuple((self.config.low + i, -0.5 - i / 4) for i in range(num_top))
+        return TokenLogprob(token, -1.0 - token % 7 / 8, top)
+
+
+def _contains(tokens: tuple[int, ...], key: list[int]) -> bool:
+    return any(list(tokens[i : i + len(key)]) == key for i in range(len(tokens) - len(key) + 1))

@@ -1,0 +1,292 @@
+"""The in-process engine: takes requests, runs steps, gives tokens. One thread, one model, one KV memory."""
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from bittrue.config.run import RunConfig
+from bittrue.engine.assembly import Assembly, assemble
+from bittrue.engine.output import Ending, Output
+from bittrue.engine.plan import ScheduledSequence, SequenceOutput, StepPlan
+from bittrue.engine.sampler import SampleInput, sample, token_logprob
+from bittrue.engine.scheduler import Scheduler, SchedulerLimits
+from bittrue.engine.types import EngineStats, Request, SamplingParams, TokenEvent, TokenLogprob
+from bittrue.errors import InvalidRequest
+from bittrue.kv.manager import KVManager
+from bittrue.model.batch import Segment
+from bittrue.text.detokenize import Detokenizer
+from bittrue.text.stop import StopMatcher
+
+
+class Engine:
+    """Serves one checkpoint directory. ``Engine(path)`` uses the defaults of RunConfig; keyword arguments are its knobs.
+
+    ``add`` / ``step`` / ``abort`` are the whole protocol; ``generate``, ``stream`` and ``score`` are built on it.
+    """
+
+    def __init__(self, model: str | Path, run: RunConfig | None = None, **knobs: Any) -> None:
+        self.run = run if run is not None else RunConfig(model=str(model), **knobs)
+        self._parts: Assembly = assemble(self.run)
+        parts = self._parts
+        self.config = parts.config
+        self.max_context = parts.max_context
+        self._runner = parts.runner
+        self._ops = parts.runner.model.ops
+        limits = SchedulerLimits(
+            max_step_tokens=self.run.max_step_tokens,
+            max_running=self.run.max_running,
+            max_queue=self.run.max_queue,
+            max_context=self.max_context,
+        )
+        self._scheduler = Scheduler(limits, KVManager(parts.num_pages, parts.num_slots))
+        self._outputs: dict[str, Output] = {}
+        self._ready: list[TokenEvent] = []  # events that need no step
+        self._names = itertools.count()
+
+    # ---- the protocol ----------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Accepts a request or refuses it at once: InvalidRequest, PromptTooLong, QueueFull."""
+        self._check_tokens(request)
+        output = self._new_output(request)
+        sequence = self._scheduler.add(request, time.monotonic())
+        if sequence.is_finished:
+            self._ready.append(self._event(output, (), (), Ending("length")))
+        else:
+            self._outputs[request.request_id] = output
+
+    def abort(self, request_id: str) -> None:
+        """Ends a sequence and frees its memory; its last event says ``abort``. Unknown ids are ignored."""
+        if self._scheduler.abort(request_id) is not None:
+            output = self._outputs.pop(request_id)
+            self._ready.append(self._event(output, (), (), Ending("abort")))
+
+    def has_work(self) -> bool:
+        return bool(self._ready) or self._scheduler.has_work
+
+    def step(self) -> list[TokenEvent]:
+        """Runs one step and returns what it added to each sequence; [] when there is nothing to do."""
+        events, self._ready = self._ready, []
+        plan = self._scheduler.schedule()
+        if plan is not None:
+            events += self._run(plan)
+        return events
+
+    def stats(self) -> EngineStats:
+        return msgspec.structs.replace(self._scheduler.stats(), weight_version=self._parts.weight_version)
+
+    def check(self) -> None:
+        """Asserts that every page and slot is free or held by a live sequence (tests and debugging)."""
+        self._scheduler.check()
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the bits of an answer depend on. Two engines with equal fingerprints give equal answers."""
+        parts = self._parts
+        facts = {
+            "weight_version": parts.weight_version,
+            "tokenizer": parts.tokenizer.digest,
+            "level": parts.level,
+            "act": parts.act,
+            "backend": self._ops.name,
+            "torch": torch.__version__,
+        }
+        digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return {**facts, "digest": digest}
+
+    def close(self) -> None:
+        """Ends every live sequence and lets go of the memory."""
+        for request_id in list(self._outputs):
+            self.abort(request_id)
+        self._ready.clear()
+
+    # ---- conveniences ----------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    ) -> list[tuple[int, ...]]:
+        """Generated token ids of each prompt. One SamplingParams serves all prompts, or one each."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        names = [self._submit(p, q) for p, q in zip(prompts, each, strict=True)]
+        tokens: dict[str, list[int]] = {name: [] for name in names}
+        for event in self._drain(set(names)):
+            tokens[event.request_id].extend(event.token_ids)
+        return [tuple(tokens[name]) for name in names]
+
+    def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[TokenEvent]:
+        """Events of one prompt as they come. Closing the iterator early aborts the sequence."""
+        name = self._submit(prompt, params)
+        try:
+            yield from self._drain({name})
+        finally:
+            self.abort(name)
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probability of every token after the first, given those before it: len(token_ids) - 1 values, nats."""
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        name = self._submit(token_ids, params)
+        scores: list[float] = []
+        for event in self._drain({name}):
+            scores += [entry.logprob for entry in event.prompt_logprobs or () if entry is not None]
+        return scores
+
+    def _submit(self, prompt: Sequence[int], params: SamplingParams) -> str:
+        name = f"local-{next(self._names)}"
+        self.add(Request(request_id=name, prompt=tuple(prompt), params=params))
+        return name
+
+    def _drain(self, names: set[str]) -> Iterator[TokenEvent]:
+        """Steps until the named sequences have ended; events of others are kept for the next ``step``."""
+        open_names = set(names)
+        while open_names:
+            events = self.step()
+            foreign = [event for event in events if event.request_id not in names]
+            for event in events:
+                if event.request_id in open_names:
+                    if event.finish_reason is not None:
+                        open_names.discard(event.request_id)
+                    yield event
+            self._ready += foreign
+
+    # ---- one step --------------------------------------------------------------------------------------------
+
+    def _run(self, plan: StepPlan) -> list[TokenEvent]:
+        segments = [self._segment(part) for part in plan.sequences]
+        streams = self._runner.forward(segments)
+        offsets = list(itertools.accumulate((part.num_tokens for part in plan.sequences), initial=0))
+        for part, offset in zip(plan.sequences, offsets, strict=False):
+            self._score_prompt(part, streams, offset)
+        drawn = self._draw(plan, streams, offsets)
+
+        endings: dict[str, Ending | None] = {}
+        outputs = []
+        for part in plan.sequences:
+            if part.samples:
+                token_id, _ = drawn[part.seq_id]
+                ending = self._outputs[part.seq_id].append(token_id)
+                endings[part.seq_id] = ending
+                outputs.append(SequenceOutput(part.seq_id, token_id, ending.reason if ending else None))
+        for sequence in self._scheduler.commit(plan, tuple(outputs)):
+            assert sequence.finish_reason is not None
+            if endings.get(sequence.seq_id) is None:
+                endings[sequence.seq_id] = Ending(sequence.finish_reason)
+
+        events = []
+        for part in plan.sequences:
+            if part.samples or part.seq_id in endings:
+                token, logprob = drawn.get(part.seq_id, (None, None))
+                tokens = () if token is None else (token,)
+                logprobs = () if logprob is None else (logprob,)
+                ending = endings.get(part.seq_id)
+                output = self._outputs[part.seq_id] if ending is None else self._outputs.pop(part.seq_id)
+                events.append(self._event(output, tokens, logprobs, ending))
+        return events
+
+    def _segment(self, part: ScheduledSequence) -> Segment:
+        tokens = self._scheduler.sequence(part.seq_id).tokens[part.start : part.end]
+        return Segment(tokens, part.start, part.fold, part.slot, part.page_ids)
+
+    def _draw(
+        self, plan: StepPlan, streams: Tensor, offsets: Sequence[int]
+    ) -> dict[str, tuple[int, TokenLogprob | None]]:
+        """The next token of every sequence that samples."""
+        sampling = [(part, offset) for part, offset in zip(plan.sequences, offsets, strict=False) if part.samples]
+        drawn: dict[str, tuple[int, TokenLogprob | None]] = {}
+        rows = [offset + part.num_tokens - 1 for part, offset in sampling]
+        done = 0
+        for block, logits in self._runner.logits_by_block(streams, rows):
+            parts = [part for part, _ in sampling[done : done + len(block)]]
+            done += len(block)
+            items = [self._sample_input(part) for part in parts]
+            for part, result in zip(parts, sample(logits, items, self._ops), strict=True):
+                drawn[part.seq_id] = (result.token_id, result.logprob)
+        return drawn
+
+    def _sample_input(self, part: ScheduledSequence) -> SampleInput:
+        output = self._outputs[part.seq_id]
+        return SampleInput(
+            params=output.request.params,
+            position=part.end,
+            prompt=output.request.prompt,
+            generated=output.generated,
+            forbidden=output.forbidden(),
+            allowed=output.allowed(),
+        )
+
+    def _score_prompt(self, part: ScheduledSequence, streams: Tensor, offset: int) -> None:
+        """Records the log-probabilities of the prompt tokens that follow this step's positions."""
+        output = self._outputs[part.seq_id]
+        if not output.wants_prompt_logprobs:
+            return
+        prompt = output.request.prompt
+        num_top = output.request.params.prompt_logprobs or 0
+        # Positions seen before a preemption are computed again, to the same bits: record them once.
+        positions = [
+            p for p in range(part.start, min(part.end, len(prompt) - 1)) if p + 1 not in output.prompt_logprobs
+        ]
+        rows = [offset + p - part.start for p in positions]
+        done = 0
+        for block, logits in self._runner.logits_by_block(streams, rows):
+            for p, row in zip(positions[done:], self._ops.log_softmax(logits), strict=False):
+                output.prompt_logprobs[p + 1] = token_logprob(row, prompt[p + 1], num_top)
+            done += len(block)
+
+    # ---- requests and events ---------------------------------------------------------------------------------
+
+    def _check_tokens(self, request: Request) -> None:
+        vocab = self.config.vocab_size
+        for name, ids in (("prompt", request.prompt), ("resume", request.resume)):
+            bad = next((i for i in ids if not 0 <= i < vocab), None)
+            if bad is not None:
+                raise InvalidRequest(
+                    f"{name} holds token id {bad}; this model's ids are 0 to {vocab - 1}", param=name
+                )
+        for name, chosen in (
+            ("logit_bias", request.params.logit_bias),
+            ("stop_token_ids", request.params.stop_token_ids),
+        ):
+            bad = next((i for i in chosen if not 0 <= i < vocab), None)
+            if bad is not None:
+                raise InvalidRequest(
+                    f"{name} names token id {bad}; this model's ids are 0 to {vocab - 1}", param=name
+                )
+
+    def _new_output(self, request: Request) -> Output:
+        params = request.params
+        tokenizer = self._parts.tokenizer
+        output = Output(
+            request=request,
+            eos_ids=frozenset([self.config.eos_id]),
+            grammar=self._parts.new_grammar(params),
+            detokenizer=Detokenizer(tokenizer) if params.stop else None,
+            stops=StopMatcher(params.stop) if params.stop else None,
+        )
+        for token_id in request.resume:
+            output.append(token_id)
+        return output
+
+    def _event(
+        self, output: Output, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...], ending: Ending | None
+    ) -> TokenEvent:
+        prompt_logprobs = None
+        if output.wants_prompt_logprobs and (ending is None or ending.reason != "abort"):
+            entries = output.prompt_logprobs
+            prompt_logprobs = tuple(entries.get(i) for i in range(len(output.request.prompt)))
+            output.is_prompt_reported = True
+        return TokenEvent(
+            request_id=output.request.request_id,
+            token_ids=tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=None if ending is None else ending.reason,
+            stop_match=None if ending is None else ending.match,
+            num_prompt_tokens=len(output.request.prompt),
+        )
+

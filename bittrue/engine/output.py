@@ -1,0 +1,70 @@
+"""What one sequence has produced so far, and the rule for when it ends."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bittrue.engine.types import FinishReason, Request, TokenLogprob
+from bittrue.text.detokenize import Detokenizer
+from bittrue.text.grammar import DelayedGrammar
+from bittrue.text.stop import StopMatcher
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why a sequence ended; ``match`` is the stop string or stop token id, if one did it."""
+
+    reason: FinishReason
+    match: str | int | None = None
+
+
+@dataclass(slots=True)
+class Output:
+    """The engine's own record of a live sequence, beside the scheduler's. It survives preemption unchanged."""
+
+    request: Request
+    eos_ids: frozenset[int]
+    grammar: DelayedGrammar | None
+    detokenizer: Detokenizer | None
+    stops: StopMatcher | None
+    generated: list[int] = field(default_factory=list)
+    prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
+    is_prompt_reported: bool = False
+
+    @property
+    def next_position(self) -> int:
+        return len(self.request.prompt) + len(self.generated)
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.request.params.prompt_logprobs is not None and not self.is_prompt_reported
+
+    def end_ids(self) -> frozenset[int]:
+        params = self.request.params
+        stops = frozenset(params.stop_token_ids)
+        return stops if params.ignore_eos else stops | self.eos_ids
+
+    def forbidden(self) -> tuple[int, ...]:
+        """Ids that must not be chosen now: whatever would end the sequence before min_tokens."""
+        if len(self.generated) < self.request.params.min_tokens:
+            return tuple(sorted(self.end_ids()))
+        return ()
+
+    def allowed(self) -> np.ndarray | None:
+        return None if self.grammar is None else self.grammar.allowed_mask()
+
+    def append(self, token_id: int) -> Ending | None:
+        """Takes the next token and says whether the sequence ends with it. End ids come first, then stop strings,
+        then a finished grammar, then the length."""
+        params = self.request.params
+        self.generated.append(token_id)
+        is_end_id = token_id in self.end_ids()
+        if self.grammar is not None and token_id not in self.eos_ids:
+            self.grammar.accept(token_id)
+        if is_end_id and len(self.generated) > params.min_tokens:
+            return Ending("stop", token_id if token_id in params.stop_token_ids else None)
+        if self.detokenizer is not None and self.stops is not None:
+            matched = self.stops.feed(self.detokenizer.feed([token_id])).matched
+            if matched is not None:
+                return Ending("stop", matched)
+        return Ending("length") if len(self.generated) >= params.max_tokens else None

@@ -1,0 +1,238 @@
+"""Attention: against a dense float64 softmax of whole sequences, and against itself under any cut and mix."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pytest
+import torch
+from cache_steps import (
+    NUM_SLOTS,
+    Part,
+    chunkings,
+    f32_format,
+    garbage,
+    gather,
+    ops_under_test,
+    page_tables,
+    slot_of,
+    step,
+    steps_of,
+)
+from torch import Tensor
+
+from bittrue.config.formats import RowFormat
+from bittrue.ops.contracts import LayerCache
+from bittrue.ops.ref.quant import pack_rows, unpack_rows
+
+C, HEADS, SCALE = 80, 3, 80**-0.5
+FORMATS = {"f32": f32_format(C), "bf16": RowFormat("bf16", C), "fp8": RowFormat("fp8", C, 16)}
+Kind = Literal["window", "csa", "hca"]
+RATIO = {"csa": 4, "hca": 128}
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Whole sequences of one layer: queries, rows, entries and chosen ids, and the cache the op reads."""
+
+    ops: dict[str, Callable[..., Any]]
+    kind: Kind
+    fmt: RowFormat
+    window: int
+    q: list[Tensor]  # [n, N, c] each
+    rows: list[Tensor]  # [n, bytes] u8 each
+    entries: list[Tensor]  # [n / ratio, bytes] u8 each
+    ids: list[Tensor]  # [n, k] i32 each
+    sink: Tensor
+    tables: Tensor
+    cache: LayerCache
+
+    def run(self, parts: Sequence[Part], *, round_probs: bool = False) -> Tensor:
+        """One step: attention, then the window is stored, as in a layer."""
+        batch = step(parts, self.tables)
+        rows = gather(self.rows, parts)
+        ids = gather(self.ids, parts) if self.kind == "csa" else None
+        q = gather(self.q, parts)
+        out = self.ops["attention"](
+            q,
+            rows,
+            batch,
+            self.cache,
+            ids,
+            self.sink,
+            window=self.window,
+            scale=SCALE,
+            round_probs=round_probs,
+        )
+        self.ops["store_window"](rows, batch, self.cache.window)
+        return out
+
+    def fresh(self) -> "Layer":
+        """The same layer with nothing but garbage in its window."""
+        window = garbage(*self.cache.window.shape, dtype=torch.uint8)
+        cache = LayerCache(self.kind, self.fmt, None, window, self.cache.rows)
+        return Layer(
+            self.ops, self.kind, self.fmt, self.window, self.q, self.rows, self.entries, self.ids, self.sink,
+            self.tables, cache,
+        )  # fmt: skip
+
+
+def make(
+    ops: dict[str, Callable[..., Any]],
+    kind: Kind,
+    lengths: Sequence[int],
+    *,
+    name: str = "f32",
+    window: int = 128,
+    max_draft: int = 0,
+    k: int = 12,
+) -> Layer:
+    generator = torch.Generator().manual_seed(11)
+    act, fmt = torch.float32 if name == "f32" else torch.bfloat16, FORMATS[name]
+
+    def rows(num: int) -> Tensor:
+        return pack_rows(torch.randn(num, C, generator=generator).to(act), fmt)
+
+    def picks(length: int) -> Tensor:
+        ids = torch.full((length, k), -1, dtype=torch.int32)
+        for t in range(length):
+            visible = (t + 1) // 4
+            some = torch.randperm(visible, generator=generator)[:k].sort().values
+            ids[t, : some.numel()] = some
+        return ids
+
+    tables = page_tables(len(lengths), 4)
+    entries = [rows(length // RATIO.get(kind, length + 1)) for length in lengths]
+    pages = garbage(tables.numel(), 32 if kind == "csa" else 1, fmt.bytes, dtype=torch.uint8)
+    for s, own in enumerate(entries):
+        for i, row in enumerate(own):
+            pages[int(tables[s, i // pages.shape[1]]), i % pages.shape[1]] = row
+    ring = garbage(NUM_SLOTS, window + max_draft, fmt.bytes, dtype=torch.uint8)
+    return Layer(
+        ops=ops,
+        kind=kind,
+        fmt=fmt,
+        window=window,
+        q=[3 * torch.randn(n, HEADS, C, generator=generator).to(act) for n in lengths],
+        rows=[rows(n) for n in lengths],
+        entries=entries,
+        ids=[picks(n) for n in lengths],
+        sink=torch.randn(HEADS, generator=generator),
+        tables=tables,
+        cache=LayerCache(kind, fmt, None, ring, None if kind == "window" else pages),
+    )
+
+
+def dense(layer: Layer, s: int, *, round_probs: bool = False) -> Tensor:
+    """[n, N, c] f64: one masked softmax with sink over all rows and all entries of sequence s."""
+    rows = torch.cat([unpack_rows(x, layer.fmt).double() for x in (layer.rows[s], layer.entries[s])])
+    num, num_entries = layer.rows[s].shape[0], layer.entries[s].shape[0]
+    at, other = torch.arange(num)[:, None], torch.arange(num)[None, :]
+    seen = torch.zeros(num, rows.shape[0], dtype=torch.bool)
+    seen[:, :num] = (other <= at) & (other > at - layer.window)
+    if layer.kind == "hca":
+        seen[:, num:] = torch.arange(num_entries)[None, :] < (at + 1) // 128
+    if layer.kind == "csa":
+        for t in range(num):
+            chosen = layer.ids[s][t]
+            seen[t, num + chosen[chosen >= 0].long()] = True
+    logits = torch.einsum("tnc,rc->tnr", layer.q[s].double(), rows) * SCALE
+    logits = logits.masked_fill(~seen[:, None], -torch.inf)
+    top = logits.amax(-1, keepdim=True)
+    probs = torch.exp(logits - top)
+    total = probs.sum(-1, keepdim=True) + torch.exp(layer.sink.double()[None, :, None] - top)
+    if round_probs:
+        probs = probs.float().bfloat16().double()
+    return torch.einsum("tnr,rc->tnc", probs, rows) / total
+
+
+@pytest.mark.parametrize("ops", ops_under_test())
+@pytest.mark.parametrize("kind", ["window", "csa", "hca"])
+def test_equals_a_dense_softmax_with_sink_over_the_whole_sequence(ops, kind):
+    layer = make(ops, kind, [300])
+    torch.testing.assert_close(layer.run([Part(0, 0, 300)]).double(), dense(layer, 0), atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("ops", ops_under_test())
+@pytest.mark.parametrize("kind", ["window", "csa", "hca"])
+def test_rounds_only_the_numerators_of_the_value_product(ops, kind):
+    """The tolerance is the rounding of the bf16 output; the next test tells numerators from denominator."""
+    layer = make(ops, kind, [260], name="fp8")
+    out = layer.run([Part(0, 0, 260)], round_probs=True)
+    wanted = dense(layer, 0, round_probs=True)
+    torch.testing.assert_close(out.double(), wanted, atol=1e-4, rtol=2**-8)
+
+
+@pytest.mark.parametrize("ops", ops_under_test())
+def test_a_rounded_numerator_is_not_renormalised(ops):
+    """Of two rows equal in a feature the output is (sum of rounded) / (sum of unrounded), not the value."""
+    fmt = f32_format(32)
+    rows = torch.zeros(2, 32)
+    rows[:, 1] = 1.0
+    rows[0, 0] = 1.0
+    q = torch.zeros(2, 1, 32)
+    q[1, 0, 0] = -0.7
+    cache = LayerCache("window", fmt, None, torch.zeros(NUM_SLOTS, 4, fmt.bytes, dtype=torch.uint8))
+    sink = torch.full((1,), -1e4)
+    run = ops["attention"]
+    args = (q, pack_rows(rows, fmt), step([Part(0, 0, 2)], page_tables(1, 1)), cache, None, sink)
+    exact = run(*args, window=4, scale=1.0, round_probs=False)[1, 0, 1]
+    rounded = run(*args, window=4, scale=1.0, round_probs=True)[1, 0, 1]
+    p = torch.exp(torch.tensor(-0.7))
+    wanted = (1 + float(p.bfloat16())) / (1 + float(p))
+    assert abs(float(exact) - 1.0) < 1e-6
+    assert abs(float(rounded) - wanted) < 1e-6
+    assert abs(wanted - 1.0) > 1e-4
+
+
+@pytest.mark.parametrize("ops", ops_under_test())
+def test_the_sink_stays_outside_the_maximum(ops):
+    """M is the largest real logit: with a sink far above, exp(sink - M) overflows and the output is 0."""
+    layer = make(ops, "window", [4])
+    layer.sink.fill_(500.0)
+    assert torch.equal(layer.run([Part(0, 0, 4)]), torch.zeros(4, HEADS, C))
+    layer.sink.fill_(-torch.inf)
+    out = layer.fresh().run([Part(0, 0, 4)])
+    torch.testing.assert_close(out.double(), dense(layer, 0), atol=5e-6, rtol=0)
+    first = unpack_rows(layer.rows[0][:1], layer.fmt)
+    assert torch.equal(out[0], first.expand(HEADS, C))
+
+
+@pytest.mark.parametrize("ops", ops_under_test())
+@pytest.mark.parametrize("name", ["f32", "bf16", "fp8"])
+@pytest.mark.parametrize(
+    ("kind", "window", "max_draft"), [("window", 5, 2), ("csa", 128, 0), ("hca", 128, 3), ("hca", 7, 0)]
+)
+def test_any_cut_and_any_mix_of_sequences_give_the_same_bits(ops, name, kind, window, max_draft):
+    lengths = (261, 131, 3)
+    layer = make(ops, kind, lengths, name=name, window=window, max_draft=max_draft)
+    whole = [layer.run([Part(s, 0, n)], round_probs=name == "fp8") for s, n in enumerate(lengths)]
+    assert not any(out.isnan().any() for out in whole)
+    for cuts in zip(*(chunkings(length, seed=s) for s, length in enumerate(lengths)), strict=True):
+        again = layer.fresh()
+        for parts in steps_of(cuts):
+            out = again.run(parts[::-1], round_probs=name == "fp8")
+            assert torch.equal(out, gather(whole, parts[::-1]))
+
+
+@pytest.mark.parametrize("ops", ops_under_test())
+@pytest.mark.parametrize("max_draft", [1, 3])
+def test_rejected_drafts_leave_no_trace_in_the_window(ops, max_draft):
+    layer = make(ops, "window", [60], window=8, max_draft=max_draft)
+    whole = layer.fresh().run([Part(0, 0, 60)])
+    generator = torch.Generator().manual_seed(5)
+    rows, start = layer.rows[0], 0
+    while start < 50:
+        keep = 1 + int(torch.randint(0, max_draft + 1, (), generator=generator))
+        layer.rows[0] = torch.cat(
+            (rows[: start + keep], garbage(60 - start - keep, layer.fmt.bytes, dtype=torch.uint8))
+        )
+        out = layer.run([Part(0, start, start + 1 + max_draft)])
+        assert torch.equal(out[:keep], whole[start : start + keep])
+        start += keep
+    assert slot_of(0) != 0
+
+
+@pytest.mark.parametrize("ops", ops_under_test())
+def test_no_tokens_no_output(ops):
+    assert make(ops, "hca", [4]).run([]).shape == (0, HEADS, C)

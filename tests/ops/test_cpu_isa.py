@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from bittrue.errors import BackendUnavailable, ConfigError
-from bittrue.ops.cpu.library import F32, I64, ISAS, LIBRARY_PATH, PTR, Kernels, available_isas, check, load_kernels
+from bittrue.ops.cpu.library import (
+    F32,
+    I64,
+    ISAS,
+    LIBRARY_PATH,
+    PTR,
+    Kernels,
+    available_isas,
+    check,
+    load_kernels,
+)
 
 FUNCTIONS = {
     "exp": 0, "log": 1, "log1p": 2, "softplus": 3, "sigmoid": 4, "fma": 5, "max": 6, "min": 7, "select": 8, "hsum": 9,
@@ -75,7 +85,9 @@ def test_exp_is_within_two_ulp_and_reaches_subnormals_and_infinity() -> None:
     assert ulps(vector(kernels, "exp", x), np.exp(x.astype(np.float64))) <= 2
     edges = np.array([0, -0.0, -np.inf, np.inf, 89, 200, -104, -1e30, np.nan], np.float32)
     assert np.array_equal(
-        vector(kernels, "exp", edges), np.array([1, 1, 0, np.inf, np.inf, np.inf, 0, 0, np.nan]), equal_nan=True
+        vector(kernels, "exp", edges),
+        np.array([1, 1, 0, np.inf, np.inf, np.inf, 0, 0, np.nan]),
+        equal_nan=True,
     )
 
 
@@ -126,7 +138,9 @@ def test_library_holds_no_shared_library_code_of_one_instruction_set() -> None:
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("no nm on this machine")
-    symbols = subprocess.run([nm, "-C", "--defined-only", LIBRARY_PATH], capture_output=True, text=True, check=True)
+    symbols = subprocess.run(
+        [nm, "-C", "--defined-only", LIBRARY_PATH], capture_output=True, text=True, check=True
+    )
     assert [line for line in symbols.stdout.splitlines() if " std::" in line or " W " in line] == []
 
 

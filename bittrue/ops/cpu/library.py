@@ -36,7 +36,7 @@ class Kernels:
     library: ctypes.CDLL
 
     def bind(self, name: str, *argtypes: type) -> Kernel:
-        """The kernel ``name`` taking ``argtypes`` (PTR, I64, F32); BackendUnavailable if the library has none."""
+        """The kernel ``name`` taking ``argtypes`` (PTR, I64, F32). BackendUnavailable: not in the library."""
         symbol = f"bittrue_{name}_{self.isa}"
         try:
             function = self.library[symbol]
@@ -115,8 +115,8 @@ def dtype_code(dtype: torch.dtype) -> int:
 def check(
     op: str, name: str, tensor: Tensor, shape: tuple[int | None, ...] | None, *dtypes: torch.dtype
 ) -> None:
-    """ValueError naming ``op`` and ``name`` unless the tensor is on the CPU, contiguous, of ``shape`` (None matches
-    any size; shape None any shape) and of one of ``dtypes`` (none given: any)."""
+    """ValueError naming ``op`` and ``name`` unless the tensor is on the CPU, contiguous, of ``shape`` (None
+    matches any size, shape None any shape) and of one of ``dtypes`` (none given: any)."""
     if dtypes and tensor.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ValueError(f"{op}: {name} must be {wanted}, not {str(tensor.dtype).removeprefix('torch.')}")

@@ -1,0 +1,37 @@
+"""Chooses one implementation of every op, once, at start-up: what was asked for or an error."""
+
+from bittrue.errors import ConfigError
+from bittrue.ops.contracts import OpTable
+from bittrue.ops.cpu.impls import cpu_table
+from bittrue.ops.cpu.library import available_isas, load_kernels
+from bittrue.ops.ref.table import reference_table
+
+BACKENDS = ("reference", "cpu")
+
+
+def select(backend: str, *, isa: str | None = None, threads: int | None = None) -> OpTable:
+    """The OpTable of ``backend`` (one of BACKENDS).
+
+    ``isa`` and ``threads`` belong to the CPU backend: the instruction set (default the best this processor runs)
+    and the number of threads of its kernels, for the whole process (default OpenMP's). Raises ConfigError for an
+    unknown name or an option the backend has not, BackendUnavailable when it cannot run here. Never a fallback.
+    """
+    if backend == "reference":
+        for name, value in (("isa", isa), ("threads", threads)):
+            if value is not None:
+                raise ConfigError(f"the reference backend has no option {name!r}; leave it out", field=name)
+        return reference_table()
+    if backend == "cpu":
+        kernels = load_kernels(isa)
+        if threads is not None:
+            kernels.set_threads(threads)
+        return cpu_table(kernels)
+    raise ConfigError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}", field="backend")
+
+
+def describe(table: OpTable) -> str:
+    """One line for the start-up log: the backend, and for the CPU its instruction set and threads."""
+    if not table.name.startswith("cpu:"):
+        return f"{table.name} ops in PyTorch"
+    isas = ", ".join(available_isas())
+    return f"{table.name} ops, {load_kernels().threads} threads (this processor runs {isas})"

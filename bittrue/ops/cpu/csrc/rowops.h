@@ -1,0 +1,203 @@
+// The vector ops on one row: norm, rope, Hadamard, packed rows. Kernels that finish rows themselves call these, so that an
+// entry gets the same bits whichever op wrote it.
+#pragma once
+
+#include "formats.h"
+
+namespace {
+
+// ---- reductions of one row: four accumulators taken in turn, then a fixed tree, so the order depends on n alone
+
+template <class T> BT float sum_of_squares(const T* x, int64_t n) {
+    f32x16 sums[4] = {zero(), zero(), zero(), zero()};
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64)
+        for (int64_t j = 0; j < 4; ++j) {
+            f32x16 v = load(x + i + 16 * j);
+            sums[j] = fma(v, v, sums[j]);
+        }
+    for (int64_t j = 0; i < n; i += 16, ++j) {
+        f32x16 v = load_n(x + i, n - i);
+        sums[j] = fma(v, v, sums[j]);
+    }
+    return hsum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+}
+
+// ---- rms_norm
+
+// 1 / sqrt(mean(x^2) + eps)
+template <class T> BT float inverse_rms(const T* x, int64_t n, float eps) {
+    return 1.0f / __builtin_sqrtf(sum_of_squares(x, n) / float(n) + eps);
+}
+
+// out may be x; weight may be null.
+template <class T, class W> inline void rms_norm_row(const T* x, const W* weight, T* out, int64_t n, float eps) {
+    f32x16 factor = set1(inverse_rms(x, n, eps));
+    for (int64_t i = 0; i < n; i += 16) {
+        f32x16 v = mul(load_n(x + i, n - i), factor);
+        if (weight != nullptr) v = mul(v, load_n(weight + i, n - i));
+        store_n(out + i, v, n - i);
+    }
+}
+
+// ---- rope
+
+// cos and sin [half] of f32(position) * inv_freq, from float64: an f32 sine is wrong at large angles.
+inline void rope_angles_row(int64_t position, const float* inv_freq, int64_t half, float* cos, float* sin) {
+    for (int64_t k = 0; k < half; ++k) {
+        double angle = double(float(position) * inv_freq[k]);
+        cos[k] = float(__builtin_cos(angle));
+        sin[k] = float(__builtin_sin(angle));
+    }
+}
+
+// Turns the adjacent pairs of n features by cos, sin [n / 2]; out may be x. No fma: both products are rounded alike.
+template <class T>
+inline void rope_pairs(const T* x, T* out, int64_t n, const float* cos, const float* sin, bool inverse) {
+    // (a cos - b sin, a sin + b cos): in even lanes the partner's product is subtracted, in odd lanes added.
+    f32x16 sign = blend_lanes<1>(set1(inverse ? 1.0f : -1.0f), set1(inverse ? -1.0f : 1.0f));
+    for (int64_t i = 0; i < n; i += 16) {
+        float c[8] = {}, s[8] = {};
+        int64_t pairs = (n - i < 16 ? n - i : 16) / 2;
+        std::memcpy(c, cos + i / 2, size_t(pairs) * 4);
+        std::memcpy(s, sin + i / 2, size_t(pairs) * 4);
+        f32x16 v = load_n(x + i, n - i);
+        f32x16 partner = mul(mul(xor_lanes<1>(v), load_twice(s)), sign);
+        store_n(out + i, add(mul(v, load_twice(c)), partner), n - i);
+    }
+}
+
+// The last rope_dim of dim features turned, the others copied; out may be x.
+template <class T>
+inline void rope_row(const T* x, T* out, int64_t dim, int64_t rope_dim, const float* cos, const float* sin,
+                     bool inverse) {
+    int64_t kept = dim - rope_dim;
+    if (out != x) std::memcpy(out, x, size_t(kept) * sizeof(T));
+    rope_pairs(x + kept, out + kept, rope_dim, cos, sin, inverse);
+}
+
+// ---- Hadamard
+
+template <int S> BT f32x16 butterfly(f32x16 v) {
+    f32x16 other = xor_lanes<S>(v);
+    return blend_lanes<S>(add(v, other), sub(other, v));
+}
+
+// n a power of two; work [max(n, 16)] f32 (may be x or out when T is float and n >= 16); out may be x.
+template <class T> inline void hadamard_row(const T* x, T* out, int64_t n, float* work) {
+    for (int64_t i = 0; i < n; i += 16) {
+        f32x16 v = load_n(x + i, n - i);
+        if (n > 1) v = butterfly<1>(v);
+        if (n > 2) v = butterfly<2>(v);
+        if (n > 4) v = butterfly<4>(v);
+        if (n > 8) v = butterfly<8>(v);
+        store(work + i, v);
+    }
+    for (int64_t stride = 16; stride < n; stride *= 2)
+        for (int64_t start = 0; start < n; start += 2 * stride)
+            for (int64_t i = start; i < start + stride; i += 16) {
+                f32x16 a = load(work + i), b = load(work + i + stride);
+                store(work + i, add(a, b));
+                store(work + i + stride, sub(a, b));
+            }
+    f32x16 factor = set1(float(1.0 / __builtin_sqrt(double(n))));
+    for (int64_t i = 0; i < n; i += 16) store_n(out + i, mul(load(work + i), factor), n - i);
+}
+
+// ---- packed rows: RowFormat of config/formats.py
+
+constexpr int64_t ROW_F32 = 0, ROW_BF16 = 1, ROW_FP8 = 2, ROW_FP4 = 3;
+constexpr int64_t KV_GROUP = 64, FP4_GROUP = 32;
+
+struct RowSpec {
+    int64_t kind, dim, rope_dim;
+
+    BT int64_t quantised() const { return dim - rope_dim; }  // the FP8 part of an fp8 row
+    BT int64_t num_scales() const {
+        if (kind == ROW_FP8) return (quantised() + KV_GROUP - 1) / KV_GROUP;
+        return kind == ROW_FP4 ? (dim + FP4_GROUP - 1) / FP4_GROUP : 0;
+    }
+    BT int64_t bytes() const {
+        if (kind == ROW_F32) return 4 * dim;
+        if (kind == ROW_BF16) return 2 * dim;
+        if (kind == ROW_FP8) return (quantised() + 2 * rope_dim + num_scales() + 7) / 8 * 8;
+        return dim / 2 + num_scales();
+    }
+};
+
+template <class From, class To> inline void convert_row(const From* x, To* out, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) store_n(out + i, load_n(x + i, n - i), n - i);
+}
+
+template <class T> inline void pack_fp8_row(const T* x, uint8_t* row, const RowSpec& spec) {
+    const int64_t n = spec.quantised();
+    uint8_t* scales = row + n + 2 * spec.rope_dim;
+    for (int64_t g = 0; g < n; g += KV_GROUP) {
+        int64_t end = g + KV_GROUP < n ? g + KV_GROUP : n;
+        float scale = fp8_scale(group_amax(x + g, end - g));
+        f32x16 inverse = set1(inverse_pow2(scale));
+        scales[g / KV_GROUP] = scale_byte(scale);
+        for (int64_t i = g; i < end; i += 16) {
+            float values[16];
+            store(values, fp8_round(mul(load_n(x + i, end - i), inverse)));
+            uint8_t codes[16];
+            for (int64_t j = 0; j < 16; ++j) codes[j] = fp8_byte(values[j]);
+            std::memcpy(row + i, codes, size_t(end - i < 16 ? end - i : 16));
+        }
+    }
+    convert_row(x + n, reinterpret_cast<bf16*>(row + n), spec.rope_dim);
+    uint8_t* used = scales + spec.num_scales();
+    std::memset(used, 0, size_t(row + spec.bytes() - used));
+}
+
+template <class T> inline void pack_fp4_row(const T* x, uint8_t* row, const RowSpec& spec) {
+    const int64_t n = spec.dim;
+    for (int64_t g = 0; g < n; g += FP4_GROUP) {
+        int64_t end = g + FP4_GROUP < n ? g + FP4_GROUP : n;
+        float scale = fp4_scale(group_amax(x + g, end - g));
+        f32x16 inverse = set1(inverse_pow2(scale));
+        row[n / 2 + g / FP4_GROUP] = scale_byte(scale);
+        for (int64_t i = g; i < end; i += 16) {
+            float values[16];
+            store(values, fp4_round(mul(load_n(x + i, end - i), inverse)));
+            uint8_t codes[8];
+            for (int64_t j = 0; j < 8; ++j)
+                codes[j] = uint8_t(fp4_nibble(values[2 * j]) | fp4_nibble(values[2 * j + 1]) << 4);
+            std::memcpy(row + i / 2, codes, size_t((end - i < 16 ? end - i : 16) / 2));
+        }
+    }
+}
+
+// x [dim] -> row [bytes]
+template <class T> inline void pack_row(const T* x, uint8_t* row, const RowSpec& spec) {
+    switch (spec.kind) {
+        case ROW_F32: return convert_row(x, reinterpret_cast<float*>(row), spec.dim);
+        case ROW_BF16: return convert_row(x, reinterpret_cast<bf16*>(row), spec.dim);
+        case ROW_FP8: return pack_fp8_row(x, row, spec);
+        default: return pack_fp4_row(x, row, spec);
+    }
+}
+
+BT f32x16 scaled(f32x16 values, uint8_t scale) { return mul(values, set1(scale_value(scale))); }
+
+// row [bytes] -> out [dim] f32, exact
+inline void unpack_row(const uint8_t* row, float* out, const RowSpec& spec) {
+    const int64_t n = spec.quantised();
+    switch (spec.kind) {
+        case ROW_F32: std::memcpy(out, row, size_t(spec.dim) * 4); return;
+        case ROW_BF16: return convert_row(reinterpret_cast<const bf16*>(row), out, spec.dim);
+        case ROW_FP8:
+            for (int64_t i = 0; i < n; i += 16) {
+                uint8_t scale = row[n + 2 * spec.rope_dim + i / KV_GROUP];
+                store_n(out + i, scaled(load_fp8_n(row + i, n - i), scale), n - i);
+            }
+            return convert_row(reinterpret_cast<const bf16*>(row + n), out + n, spec.rope_dim);
+        default:
+            for (int64_t i = 0; i < spec.dim; i += 16) {
+                uint8_t scale = row[spec.dim / 2 + i / FP4_GROUP];
+                store_n(out + i, scaled(load_fp4_n(row + i / 2, spec.dim - i), scale), spec.dim - i);
+            }
+    }
+}
+
+}  // namespace

@@ -1,29 +1,31 @@
 """Decides who computes what in each step: continuous batching of decodes and chunked prefills, integers only.
 
-Every sequence has a rank: (priority number, arrival), the smaller first. Plans are a function of the calls made.
-With B = ``max_step_tokens``, a step is decided in three parts:
+Every sequence has a rank: (priority number, arrival), the smaller first. Plans are a function of the calls
+made. With B = ``max_step_tokens``, a step is decided in three parts:
 
 Memory. In rank order every running sequence secures the page of its next token. Where no page is free, the
-*youngest* (last by rank) running sequence is preempted: as a rule it has computed least, so least is lost. The
-youngest itself, when it asks in vain, keeps what it has and sits out the step. A preempted sequence returns to its
-place by rank, before all that came after it, and is computed again from position 0 with the tokens it has.
-  The first by rank is never preempted, always gets its page, and fits the pool alone (``add`` checks it): it runs
-  to its end, and then the next is first. So there is no livelock, and every request ends.
+*youngest* (last by rank) running sequence is preempted: as a rule it has computed least, so least is lost.
+The youngest itself, when it asks in vain, keeps what it has and sits out the step. A preempted sequence
+returns to its place by rank, before all that came after it, and is computed again from position 0 with the
+tokens it has.
+  The first by rank is never preempted, always gets its page, and fits the pool alone (``add`` checks it):
+  it runs to its end, and then the next is first. So there is no livelock, and every request ends.
 
-Admission, by rank and strictly in turn, while a slot is free and the pages of the first slice (at most B tokens).
-One that was preempted waits for the pages of all its known tokens: with fewer it would take back memory that older
-ones are growing into, and lose it again.
+Admission, by rank and strictly in turn, while a slot is free and the pages of the first slice (at most B
+tokens). One that was preempted waits for the pages of all its known tokens: with fewer it would take back
+memory that older ones are growing into, and lose it again.
   Among equal priorities whoever runs is older than whoever waits, and nobody is overtaken.
 
-Tokens. Decodes (one known token left) take one token each; prefills share the rest, P = B - decodes. When the two
-want more than B, prefills keep a floor of B // 8 (at least 1; for B = 1 the two kinds take turns). Where decodes
-do not all have room, those served longest ago go first: of D decodes with room for C, each is served at least once
-in ceil(D / C) of the steps that serve decodes. Half of P (rounded up and down in turn) goes to prefills by rank,
-the rest to those with fewest tokens left, and what one cannot use falls to the next.
+Tokens. Decodes (one known token left) take one token each; prefills share the rest, P = B - decodes. When
+the two want more than B, prefills keep a floor of B // 8 (at least 1; for B = 1 the two kinds take turns).
+Where decodes do not all have room, those served longest ago go first: of D decodes with room for C, each is
+served at least once in ceil(D / C) of the steps that serve decodes. Half of P (rounded up and down in turn)
+goes to prefills by rank, the rest to those with fewest tokens left, and what one cannot use falls to the
+next.
   While D <= B - floor no decode waits for a prefill.
   The first prefill by rank gets floor(P / 2) tokens a step or more: short prompts do not starve a long one.
-  The one with fewest tokens left, n, gets as much: it is through in about 2 n / P steps, however long the others are.
-  So whoever is first by rank advances at least once in max(4, 2 * max_running) steps; every step if P >= 2.
+  The one with fewest tokens left, n, gets as much: through in about 2 n / P steps, however long the others are.
+  So whoever is first by rank advances at least once in max(4, 2 * max_running) steps.
 """
 
 from bisect import insort
@@ -57,7 +59,7 @@ class SchedulerLimits:
 
 
 class Scheduler:
-    """Owns every live sequence. ``schedule`` and ``commit`` alternate; ``add`` and ``abort`` come at any time."""
+    """Owns every live sequence. ``schedule`` and ``commit`` alternate; ``add`` and ``abort`` between."""
 
     def __init__(self, limits: SchedulerLimits, kv: KVManager) -> None:
         self.limits = limits
@@ -85,54 +87,51 @@ class Scheduler:
         Raises InvalidRequest or PromptTooLong for what can never run here, QueueFull.
         """
         self._check_fits(request)
+        sequence = Sequence.of(request, arrival=self._num_added, now=now)
+        wants_prompt_scores = request.params.prompt_logprobs is not None and not request.resume
+        if sequence.is_exhausted and not wants_prompt_scores:
+            sequence.status, sequence.finish_reason = "finished", "length"
+            return sequence
         most = self.limits.max_running + self.limits.max_queue
         if len(self._live) >= most:
             raise QueueFull(
                 f"{len(self._live)} requests are live, and this server takes {most}; try again later"
             )
-        sequence = Sequence.of(request, arrival=self._num_added, now=now)
         self._num_added += 1
         self._num_prompt_tokens += sequence.num_prompt
-        wants_prompt_scores = request.params.prompt_logprobs is not None and not request.resume
-        if sequence.is_exhausted and not wants_prompt_scores:
-            sequence.status, sequence.finish_reason = "finished", "length"
-            return sequence
         self._live[sequence.seq_id] = sequence
         insort(self._waiting, sequence, key=_rank)
         return sequence
 
     def _check_fits(self, request: Request) -> None:
         if request.request_id in self._live:
-            raise InvalidRequest(
-                f"a request with id {request.request_id!r} is already running", param="request_id"
-            )
+            raise InvalidRequest(f"a request with id {request.request_id!r} already runs", param="request_id")
         num_prompt = len(request.prompt)
         if num_prompt == 0:
             raise InvalidRequest("the prompt has no tokens; give at least one", param="prompt")
         if num_prompt > self.limits.max_context:
             raise PromptTooLong(num_tokens=num_prompt, limit=self.limits.max_context)
         num_output = max(request.params.max_tokens, len(request.resume))
-        if num_prompt + num_output > self.limits.max_context:
-            raise InvalidRequest(
-                f"the prompt has {num_prompt} tokens and max_tokens is {num_output}: together "
-                f"{num_prompt + num_output}, but the context of this server is {self.limits.max_context} tokens; "
-                "lower max_tokens or shorten the prompt",
-                param="max_tokens",
-                code=PromptTooLong.code,
-            )
-        if not self.kv.can_ever_fit(num_prompt + num_output):
-            raise InvalidRequest(
-                f"the prompt has {num_prompt} tokens and max_tokens is {num_output}: together "
-                f"{num_prompt + num_output}, but the KV memory of this server holds {self.kv.capacity_tokens} tokens; "
-                "lower max_tokens, shorten the prompt, or start the server with a larger --kv-memory",
-                param="max_tokens",
-                code=PromptTooLong.code,
-            )
+        total = num_prompt + num_output
+        if total > self.limits.max_context:
+            limit, remedy = f"context of this server is {self.limits.max_context}", ""
+        elif not self.kv.can_ever_fit(total):
+            limit = f"KV memory of this server holds {self.kv.capacity_tokens}"
+            remedy = ", or start the server with a larger --kv-memory"
+        else:
+            return
+        raise InvalidRequest(
+            f"the prompt has {num_prompt} tokens and max_tokens is {num_output}, {total} together, but the "
+            f"{limit} tokens; lower max_tokens or shorten the prompt{remedy}",
+            param="max_tokens",
+            code=PromptTooLong.code,
+        )
 
     def abort(self, seq_id: str, reason: FinishReason = "abort") -> Sequence | None:
         """End a sequence now and free its memory: the sequence, or None for an unknown or ended one.
 
-        Allowed between ``schedule`` and ``commit``: the memory is not given to anybody before the next ``schedule``.
+        Allowed between ``schedule`` and ``commit``: the memory is not given to anybody before the next
+        ``schedule``.
         """
         sequence = self._live.get(seq_id)
         if sequence is not None:
@@ -150,7 +149,7 @@ class Scheduler:
     # One step.
 
     def schedule(self) -> StepPlan | None:
-        """The next step, or None when no sequence is live. It must be committed before the next is asked for."""
+        """The next step, or None when no sequence is live. Commit it before asking for another."""
         assert self._planned is None, "a step is planned but not committed"
         if not self._live:
             return None
@@ -169,9 +168,10 @@ class Scheduler:
         return plan
 
     def commit(self, plan: StepPlan, outputs: tuple[SequenceOutput, ...]) -> tuple[Sequence, ...]:
-        """Take in what the planned step computed: one output per sequence that samples; others may end with an error.
+        """Take in what the step computed: one output per sequence that samples; any may end with an error.
 
-        Sequences aborted meanwhile are passed over. Returns the sequences that ended with this step, in plan order.
+        Sequences aborted meanwhile are passed over. Returns the sequences that ended with this step, in
+        plan order.
         """
         assert plan is self._planned, "the step committed is not the one planned"
         by_id = {output.seq_id: output for output in outputs}
@@ -277,7 +277,7 @@ class Scheduler:
     # Tokens.
 
     def _share_tokens(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """(sequence, tokens of this step) of those that get any: decodes first, then prefills, each by rank."""
+        """(sequence, tokens of this step) of those that get any: decodes, then prefills, each by rank."""
         ready = sorted(ready, key=_rank)
         decodes = [s for s in ready if s.num_remaining == 1]
         prefills = [s for s in ready if s.num_remaining > 1]
@@ -332,7 +332,7 @@ class Scheduler:
         del self._live[sequence.seq_id]
 
     def stats(self) -> EngineStats:
-        """Counts and gauges now; the caller adds the weight version. Prompt tokens count when a request is accepted."""
+        """Counts and gauges now, without the weight version. Prompt tokens count on acceptance."""
         return EngineStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),

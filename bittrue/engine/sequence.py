@@ -12,8 +12,8 @@ Status = Literal["waiting", "running", "finished"]
 class Sequence:
     """Owned by the scheduler, which alone changes it; others read.
 
-    ``tokens`` is prompt + generated (``request.resume`` counts as generated). The first ``num_computed`` of them are
-    in the cache.
+    ``tokens`` is prompt + generated (``request.resume`` counts as generated). The first ``num_computed`` of
+    them are in the cache.
     """
 
     request: Request

@@ -1,7 +1,7 @@
 """The ledger: from a model's shape to the bytes of every cache pool, for planner, pools and metrics alike.
 
-A *page* holds what 128 tokens leave behind for good, in every layer at once; a *state slot* holds the fixed part of
-one live sequence. The parts and their shapes are those of ``ops.contracts.LayerCache``.
+A *page* holds what 128 tokens leave behind for good, in every layer at once; a *state slot* holds the fixed
+part of one live sequence. The parts and their shapes are those of ``ops.contracts.LayerCache``.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class CacheShape(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CachePart:
-    """One tensor of ``LayerCache``, which is [pages or slots, *shape]: ``shape`` is that of one page or slot."""
+    """One tensor of ``LayerCache``, [pages or slots, *shape]: ``shape`` is that of one page or slot."""
 
     name: PartName
     per: Literal["page", "slot"]
@@ -77,7 +77,7 @@ def pages_for(num_tokens: int) -> int:
 def layer_layout(
     kind: LayerKind, config: CacheShape, *, level: Level, act: ActDtype, max_draft: int
 ) -> LayerLayout:
-    """The parts of a layer of ``kind``. Rings hold what must survive a rejected draft; their sizes are computed."""
+    """The parts of a layer of ``kind``. Rings hold what a rejected draft must not lose."""
     c, index_dim = config.head_dim, config.index_head_dim
     row = kv_row_format(level, act, c, config.rope_dim)
     window = CachePart("window", "slot", "u8", (config.window + max_draft, row.bytes))
@@ -156,7 +156,8 @@ class KVLayout:
         if budget_bytes < smallest:
             raise ConfigError(
                 f"the KV memory is {budget_bytes} bytes, but one sequence of one page needs {smallest} "
-                f"({self.slot_bytes} for the state, {self.page_bytes} for {PAGE_TOKENS} tokens); raise --kv-memory",
+                f"({self.slot_bytes} for its state, {self.page_bytes} for {PAGE_TOKENS} tokens); "
+                "raise --kv-memory",
                 field="kv_memory",
             )
         context_pages = pages_for(max_context)
@@ -173,5 +174,5 @@ class KVLayout:
 
 
 def affordable(budget_bytes: int, unit_bytes: int, wanted: int) -> int:
-    """How many of ``wanted`` units the budget buys; units without bytes (pages of window-only models) cost nothing."""
+    """How many of ``wanted`` units the budget buys; units without bytes (window-only models) are free."""
     return max(0, wanted if unit_bytes == 0 else min(wanted, budget_bytes // unit_bytes))

@@ -102,7 +102,7 @@ class KVManager:
         return frozenset(self._sequences)
 
     def check(self) -> None:
-        """Assert that free + held = total, and that exactly the sequences that list a page or slot hold it."""
+        """Assert that free + held = total, and that each page and slot is held by who lists it."""
         self._pages.check()
         self._slots.check()
         caches = self._sequences.values()

@@ -1,7 +1,7 @@
 """The two allocators of cache memory: reference-counted page ids, and state slots. Integers only.
 
-Both hand out the lowest free id: the result depends only on the history of calls, and a mostly idle server touches
-the same small part of its pools again and again.
+Both hand out the lowest free id: the result depends only on the history of calls, and a mostly idle server
+touches the same small part of its pools again and again.
 """
 
 from heapq import heappop, heappush

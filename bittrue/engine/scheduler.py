@@ -24,7 +24,7 @@ goes to prefills by rank, the rest to those with fewest tokens left, and what on
 next.
   While D <= B - floor no decode waits for a prefill.
   The first prefill by rank gets floor(P / 2) tokens a step or more: short prompts do not starve a long one.
-  The one with fewest tokens left, n, gets as much: through in about 2 n / P steps, however long the others are.
+  The one with fewest tokens left, n, gets as much: done in about 2 n / P steps, however long the others are.
   So whoever is first by rank advances at least once in max(4, 2 * max_running) steps.
 """
 

@@ -34,7 +34,7 @@ def load_matrix(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) ->
 
 
 def e4m3_table() -> Tensor:
-    """Value of every E4M3 byte, float64: sign, 4 exponent bits (bias 7), 3 mantissa bits; 0x7f and 0xff are NaN."""
+    """Value of every E4M3 byte, float64: sign, 4 bits of exponent (bias 7), 3 of mantissa; 0x7f, 0xff NaN."""
     code = torch.arange(256)
     exponent, mantissa = (code >> 3) & 15, (code & 7).double()
     normal = torch.ldexp(1 + mantissa / 8, exponent - 7)
@@ -69,13 +69,13 @@ def dequant_fp4(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def scale_exponent(amax: Tensor, largest: float) -> Tensor:
-    """ceil(log2(amax / largest)) as an exact integer; float64 division cannot round a float32 onto a power of two."""
+    """ceil(log2(amax / largest)), exact: float64 division cannot round a float32 onto a power of two."""
     mantissa, exponent = torch.frexp(amax.double() / largest)
     return torch.where(mantissa == 0.5, exponent - 1, exponent)
 
 
 def group_scales(x: Tensor, group: int, largest: float, floor: float) -> Tensor:
-    """Power-of-two scale of every element's group along the last axis (the last group may be short), like x."""
+    """Power-of-two scale of every element's group along the last axis (the last may be short), like x."""
     size = x.shape[-1]
     padded = torch.nn.functional.pad(x.abs(), (0, -size % group))
     amax = padded.unflatten(-1, (-1, group)).amax(-1).to(torch.float32).clamp(min=floor)
@@ -96,7 +96,7 @@ def quant_fp4(x: Tensor, group: int) -> Tensor:
 
 
 def round_e2m1(x: Tensor) -> Tensor:
-    """Nearest of +-{0, .5, 1, 1.5, 2, 3, 4, 6}, ties to the even code; torch.round is half-to-even on each step size."""
+    """Nearest of +-{0, .5, 1, 1.5, 2, 3, 4, 6}, ties to the even code (torch.round is half to even)."""
     size = x.abs().clamp(max=FP4_MAX)
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0)).to(x.dtype)
     return torch.copysign(torch.round(size / step) * step, x)

@@ -6,10 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from oracles.formats import load_matrix
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-
-from oracles.formats import load_matrix
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the import of a third party is not what the tests watch
@@ -38,7 +37,11 @@ LAYER_NAMES = {
     "ffn.shared_experts.w1.weight": "mlp.shared_experts.gate_proj.weight",
     "ffn.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
     "ffn.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
-    **{f"hc_{part}_{leaf}": f"{part}_hc.{leaf}" for part in ("attn", "ffn") for leaf in ("fn", "base", "scale")},
+    **{
+        f"hc_{part}_{leaf}": f"{part}_hc.{leaf}"
+        for part in ("attn", "ffn")
+        for leaf in ("fn", "base", "scale")
+    },
     **{
         f"attn.{inner}compressor.{ours}": f"self_attn.compressor.{inner}{theirs}"
         for inner in ("", "indexer.")
@@ -59,8 +62,10 @@ TOP_NAMES = {
 
 
 def build_hf(raw_config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> DeepseekV4ForCausalLM:
-    """The model in float32 with the same weights; FP8 and FP4 weights are dequantised exactly. Draft tensors are left out."""
-    raw = {key: value for key, value in raw_config.items() if key not in ("quantization_config", "expert_dtype")}
+    """The model in float32 with the same weights, FP8 and FP4 dequantised exactly. Drafts are left out."""
+    raw = {
+        key: value for key, value in raw_config.items() if key not in ("quantization_config", "expert_dtype")
+    }
     with quiet():
         config = DeepseekV4Config(**{**raw, "torch_dtype": "float32"}, attn_implementation="eager")
         model = DeepseekV4ForCausalLM(config).float().eval()
@@ -80,7 +85,9 @@ def hf_state(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[s
         state[f"{theirs}mlp.experts.gate_up_proj"] = torch.stack(
             [torch.cat([value_of(tensors, f"{e}{w}.weight") for w in ("w1", "w3")]) for e in experts]
         )
-        state[f"{theirs}mlp.experts.down_proj"] = torch.stack([value_of(tensors, f"{e}w2.weight") for e in experts])
+        state[f"{theirs}mlp.experts.down_proj"] = torch.stack(
+            [value_of(tensors, f"{e}w2.weight") for e in experts]
+        )
     return state
 
 
@@ -97,8 +104,8 @@ def hf_logits(
 ) -> Tensor:
     """Logits [T, V] float32 of one sequence.
 
-    full: one forward without cache. chunked: prefill in pieces of ``chunk`` tokens. decode: ``prefill`` tokens at once
-    (0: none), then token by token.
+    full: one forward without cache. chunked: prefill in pieces of ``chunk`` tokens. decode: ``prefill`` tokens
+    at once (0: none), then token by token.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is none of {MODES}")
@@ -125,7 +132,11 @@ class OrderedTopK(TorchFunctionMode):
 
 
 def ordered_topk(
-    x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True  # noqa: A002 - torch's signature
+    x: Tensor,
+    k: int,
+    dim: int = -1,
+    largest: bool = True,
+    sorted: bool = True,  # noqa: A002 - torch's signature
 ) -> torch.return_types.topk:
     ordered = x.sort(dim=dim, descending=largest, stable=True)
     picks = (ordered.values.narrow(dim, 0, k), ordered.indices.narrow(dim, 0, k))
@@ -136,8 +147,8 @@ def ordered_topk(
 def deterministic_topk(model: DeepseekV4ForCausalLM) -> Iterator[DeepseekV4ForCausalLM]:
     """Within the context, index and router selection of transformers break ties by the smaller id.
 
-    torch.topk leaves ties open and settles them differently for different widths: with few index heads ReLU makes exact
-    zeros, and transformers then disagrees with itself between decode and one-shot prefill.
+    torch.topk leaves ties open and settles them differently for different widths: with few index heads ReLU
+    makes exact zeros, and transformers then disagrees with itself between decode and one-shot prefill.
     """
     with OrderedTopK():
         yield model

@@ -1,19 +1,19 @@
-"""An independent simulation of DeepSeek-V4: one whole sequence in plain torch, without cache, chunks or fast paths.
+"""An independent simulation of DeepSeek-V4: one whole sequence in plain torch, no cache, no chunks.
 
-Written from the model's specification alone, so that it can contradict the package it is compared with. Two levels:
+Written from the model's specification alone, so that it can contradict the package. Two levels:
 
   maths      no quantisation of activations, keys or values; ``act`` float32 or bfloat16.
-  published  bfloat16 activations, FP8 activations before FP8/FP4 weights, FP8 keys/values, Hadamard + FP4 index path.
+  published  bfloat16 activations, in FP8 before FP8/FP4 weights; FP8 keys/values; Hadamard + FP4 index path.
 
-Every intermediate is a tensor of ``compute`` dtype that holds values already rounded to ``act`` where the model rounds.
-Running with compute = float64 takes the order of additions out of the picture: the distance between the float32 and the
-float64 run of the same checkpoint is the noise that any correct implementation may show, and it is what tolerances at
-the published level should be derived from.
+Every intermediate is a tensor of ``compute`` dtype that holds values already rounded to ``act`` where the
+model rounds. Running with compute = float64 takes the order of additions out of the picture: the distance
+between the float32 and the float64 run of the same checkpoint is the noise that any correct implementation
+may show, and it is what tolerances at the published level should be derived from.
 
-Choices the published reference leaves open or makes otherwise, fixed here: the per-head query norm is computed in
-float32 and rounded once (the reference: bf16 tensor arithmetic); index scores stay float32 (the reference: bf16); every
-top-k goes by (value descending, id ascending); routed experts are added in ascending id order, in hash layers in table
-order; each expert's output is rounded to ``act`` before it is added.
+Choices the published reference leaves open or makes otherwise, fixed here: the per-head query norm is
+computed in float32 and rounded once (the reference: bf16 tensor arithmetic); index scores stay float32 (the
+reference: bf16); every top-k goes by (value descending, id ascending); routed experts are added in ascending
+id order, in hash layers in table order; each expert's output is rounded to ``act`` before it is added.
 """
 
 import math
@@ -22,12 +22,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from oracles.formats import Matrix, hadamard, load_matrix, quant_fp4, quant_fp8
 from torch import Tensor
 
-from oracles.formats import Matrix, hadamard, load_matrix, quant_fp4, quant_fp8
-
 CSA_RATIO = 4
-QUERY_BLOCK = 128  # queries handled at once in attention and index scores: bounds memory, changes nothing else
+QUERY_BLOCK = (
+    128  # queries handled at once in attention and index scores: bounds memory, changes nothing else
+)
 NEG_INF = float("-inf")
 
 RawConfig = Mapping[str, Any]
@@ -35,11 +36,13 @@ RawConfig = Mapping[str, Any]
 
 @dataclass(slots=True)
 class Trace:
-    """What one run saw. index_ids and expert_ids map a layer to [T, k] ids (-1: none); streams [T, M, D] after each layer."""
+    """What one run saw: ids by layer, [T, k], -1 for none; residual streams [T, M, D] after each layer."""
 
     logits: Tensor | None = None
     index_ids: dict[int, Tensor] = field(default_factory=dict)
-    index_margins: dict[int, Tensor] = field(default_factory=dict)  # [T] score gap between last pick and first loser
+    index_margins: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # [T] score gap between last pick and first loser
     expert_ids: dict[int, Tensor] = field(default_factory=dict)
     streams: list[Tensor] = field(default_factory=list)
 
@@ -56,7 +59,7 @@ class Arithmetic:
         return x.to(self.act).to(self.compute)
 
     def linear(self, x: Tensor, weight: Matrix) -> Tensor:
-        """x [..., K] times weight [O, K], unrounded; FP8/FP4 weights take FP8 activations at the published level."""
+        """x [..., K] by weight [O, K], unrounded. At the published level FP8/FP4 weights take FP8 inputs."""
         if self.published and weight.is_quantised:
             x = quant_fp8(x, 128)
         return x @ weight.values.T
@@ -129,7 +132,7 @@ def published_trace(
     return trace
 
 
-# ---- hyper-connections -------------------------------------------------------------------------------------------
+# ---- hyper-connections -----------------------------------------------
 
 
 def hyper_mix(source: Source, streams: Tensor, fn: str) -> Tensor:
@@ -160,15 +163,18 @@ def hyper_post(arith: Arithmetic, y: Tensor, streams: Tensor, post: Tensor, comb
 
 def hyper_head(source: Source, streams: Tensor) -> Tensor:
     mix = hyper_mix(source, streams, "hc_head_fn")
-    gain = torch.sigmoid(mix * source.vector("hc_head_scale") + source.vector("hc_head_base")) + source.config["hc_eps"]
+    gain = (
+        torch.sigmoid(mix * source.vector("hc_head_scale") + source.vector("hc_head_base"))
+        + source.config["hc_eps"]
+    )
     return source.arith.round((gain[..., None] * streams).sum(1))
 
 
-# ---- rotary embedding --------------------------------------------------------------------------------------------
+# ---- rotary embedding -----------------------------------------------
 
 
 def rope_frequencies(config: RawConfig, ratio: int) -> Tensor:
-    """Inverse frequencies [R/2] float32 of a layer with the given compress ratio (0: plain base, no scaling)."""
+    """Inverse frequencies [R/2] float32 of a layer with this compress ratio (0: plain base, no scaling)."""
     dim = config["qk_rope_head_dim"]
     theta = float(config["compress_rope_theta"] if ratio else config["rope_theta"])
     freqs = 1.0 / (theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
@@ -193,7 +199,7 @@ def rope(arith: Arithmetic, x: Tensor, positions: Tensor, freqs: Tensor, *, inve
     cos, sin = (fn(angle.double()).float().to(arith.compute) for fn in (torch.cos, torch.sin))
     if inverse:
         sin = -sin
-    shape = (x.shape[0],) + (1,) * (x.dim() - 2) + (-1,)
+    shape = (x.shape[0],) + (1,) * (x.dim() - 2) + (freqs.shape[0],)
     cos, sin = cos.view(shape), sin.view(shape)
     width = 2 * freqs.shape[0]
     even, odd = x[..., -width::2], x[..., -width + 1 :: 2]
@@ -201,7 +207,7 @@ def rope(arith: Arithmetic, x: Tensor, positions: Tensor, freqs: Tensor, *, inve
     return arith.round(torch.cat((x[..., :-width], turned), dim=-1))
 
 
-# ---- attention ---------------------------------------------------------------------------------------------------
+# ---- attention -----------------------------------------------
 
 
 def attention(source: Source, x: Tensor, layer: int, trace: Trace) -> Tensor:
@@ -276,7 +282,7 @@ def output_projection(source: Source, out: Tensor, prefix: str) -> Tensor:
     return arith.round(arith.linear(low_rank, source.matrix(f"{prefix}wo_b")))
 
 
-# ---- compressors and index ---------------------------------------------------------------------------------------
+# ---- compressors and index -----------------------------------------------
 
 
 def compress(source: Source, x: Tensor, prefix: str, ratio: int, dim: int, freqs: Tensor) -> Tensor:
@@ -285,7 +291,9 @@ def compress(source: Source, x: Tensor, prefix: str, ratio: int, dim: int, freqs
     count = x.shape[0] // ratio
     x = x[: count * ratio]
     value = (x @ source.matrix(f"{prefix}wkv").values.T).unflatten(0, (count, ratio))
-    gate = (x @ source.matrix(f"{prefix}wgate").values.T).unflatten(0, (count, ratio)) + source.vector(f"{prefix}ape")
+    gate = (x @ source.matrix(f"{prefix}wgate").values.T).unflatten(0, (count, ratio)) + source.vector(
+        f"{prefix}ape"
+    )
     if ratio == CSA_RATIO:
         value = with_previous_window(value, dim, 0.0)
         gate = with_previous_window(gate, dim, NEG_INF)
@@ -295,13 +303,15 @@ def compress(source: Source, x: Tensor, prefix: str, ratio: int, dim: int, freqs
 
 
 def with_previous_window(slots: Tensor, dim: int, missing: float) -> Tensor:
-    """[W, 4, 2 dim] -> [W, 8, dim]: half A of the previous window's tokens, then half B of the window's own."""
+    """[W, 4, 2 dim] -> [W, 8, dim]: half A of the previous window's tokens, then half B of its own."""
     previous = torch.full_like(slots[..., :dim], missing)
     previous[1:] = slots[:-1, :, :dim]
     return torch.cat((previous, slots[..., dim:]), dim=1)
 
 
-def index_selection(source: Source, x: Tensor, latent: Tensor, layer: int, freqs: Tensor, trace: Trace) -> Tensor:
+def index_selection(
+    source: Source, x: Tensor, latent: Tensor, layer: int, freqs: Tensor, trace: Trace
+) -> Tensor:
     """[T, C] bool: the entries each query may attend to in a CSA layer."""
     config, arith, prefix = source.config, source.arith, f"layers.{layer}.attn.indexer."
     heads, dim = config["index_n_heads"], config["index_head_dim"]
@@ -311,15 +321,19 @@ def index_selection(source: Source, x: Tensor, latent: Tensor, layer: int, freqs
     head_weights = (x @ source.matrix(f"{prefix}weights_proj").values.T) * dim**-0.5 * heads**-0.5
     scores = torch.cat(
         [
-            (torch.relu(torch.einsum("thc,sc->ths", q[i : i + QUERY_BLOCK], keys)) * head_weights[i : i + QUERY_BLOCK, :, None])
-            .sum(1)
+            (
+                torch.relu(torch.einsum("thc,sc->ths", q[i : i + QUERY_BLOCK], keys))
+                * head_weights[i : i + QUERY_BLOCK, :, None]
+            ).sum(1)
             for i in range(0, x.shape[0], QUERY_BLOCK)
         ]
     )
     visible = visible_entries(x.shape[0], CSA_RATIO)
     scores = scores.masked_fill(~visible, NEG_INF)
     k = min(config["index_topk"], scores.shape[1])
-    ordered, ids = scores.sort(dim=-1, descending=True, stable=True)  # stable: equal scores keep ascending ids
+    ordered, ids = scores.sort(
+        dim=-1, descending=True, stable=True
+    )  # stable: equal scores keep ascending ids
     selected = torch.zeros_like(visible).scatter_(1, ids[:, :k], True) & visible
     trace.index_ids[layer] = ids_ascending(selected, config["index_topk"])
     if k < scores.shape[1]:
@@ -328,7 +342,7 @@ def index_selection(source: Source, x: Tensor, latent: Tensor, layer: int, freqs
 
 
 def stored_key(source: Source, key: Tensor) -> Tensor:
-    """Index queries and keys as scored: Hadamard, rounded, then FP4 in groups of 32 (published level only)."""
+    """Index queries and keys as scored: Hadamard, rounded, FP4 in groups of 32 (published level only)."""
     if not source.arith.published:
         return key  # the transform is orthogonal: on both sides of the product it changes nothing
     return quant_fp4(source.arith.round(hadamard(key)), 32)
@@ -341,7 +355,7 @@ def ids_ascending(selected: Tensor, k: int) -> Tensor:
     return ids.masked_fill(ids >= selected.shape[1], -1)
 
 
-# ---- mixture of experts ------------------------------------------------------------------------------------------
+# ---- mixture of experts -----------------------------------------------
 
 
 def experts(source: Source, x: Tensor, tokens: Tensor, layer: int, trace: Trace) -> Tensor:

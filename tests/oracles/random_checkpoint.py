@@ -1,4 +1,4 @@
-"""Random small checkpoints in the published layout, made without the package: config.json fields and official tensors."""
+"""Random small checkpoints in the published layout, made without the package: config fields and tensors."""
 
 import math
 from dataclasses import dataclass, field
@@ -73,9 +73,10 @@ FP8_CONFIG = {
 
 @dataclass(slots=True)
 class Writer:
-    """Collects tensors; draws depend on the seed and on the order of calls only, so precisions share their values."""
+    """Collects tensors. Scales have a generator of their own, so all precisions draw the same values."""
 
     generator: torch.Generator
+    scale_generator: torch.Generator
     precision: str
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -98,9 +99,13 @@ class Writer:
         if self.precision in ("f32", "bf16"):
             self.keep(f"{name}.weight", value)
         elif self.precision == "fp4" and routed:
-            self.tensors[f"{name}.weight"], self.tensors[f"{name}.scale"] = pack_fp4(value, self.generator)
+            self.tensors[f"{name}.weight"], self.tensors[f"{name}.scale"] = pack_fp4(
+                value, self.scale_generator
+            )
         else:
-            self.tensors[f"{name}.weight"], self.tensors[f"{name}.scale"] = pack_fp8(value, self.generator)
+            self.tensors[f"{name}.weight"], self.tensors[f"{name}.scale"] = pack_fp8(
+                value, self.scale_generator
+            )
 
     def float32(self, name: str, *shape: int, std: float = 0.1) -> None:
         self.tensors[name] = self.draw(*shape) * std
@@ -131,7 +136,9 @@ def pack_fp4(value: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
     return packed, (exponent + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
-def random_checkpoint(seed: int, *, precision: str = "f32", **overrides: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def random_checkpoint(
+    seed: int, *, precision: str = "f32", **overrides: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(raw config.json, tensors under official names). ``overrides`` replace config fields."""
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is none of {PRECISIONS}")
@@ -144,7 +151,7 @@ def random_checkpoint(seed: int, *, precision: str = "f32", **overrides: Any) ->
     if precision == "fp4":
         config["expert_dtype"] = "fp4"
     config = {key: value for key, value in config.items() if value is not None}
-    writer = Writer(torch.Generator().manual_seed(seed), precision)
+    writer = Writer(torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1), precision)
     hidden, streams = config["hidden_size"], config["hc_mult"]
     writer.keep("embed.weight", writer.draw(config["vocab_size"], hidden))
     writer.plain("head", config["vocab_size"], hidden)
@@ -169,7 +176,7 @@ def write_hyper(writer: Writer, name: str, rows: int, cols: int, scales: int) ->
 def write_attention(writer: Writer, config: dict[str, Any], prefix: str, ratio: int) -> None:
     hidden, head_dim, heads = config["hidden_size"], config["head_dim"], config["num_attention_heads"]
     latent, groups, rank = config["q_lora_rank"], config["o_groups"], config["o_lora_rank"]
-    writer.float32(f"{prefix}attn_sink", heads, std=1.0)
+    writer.float32(f"{prefix}attn_sink", heads, std=3.0)
     writer.linear(f"{prefix}wq_a", latent, hidden)
     writer.norm(f"{prefix}q_norm.weight", latent)
     writer.linear(f"{prefix}wq_b", heads * head_dim, latent)

@@ -34,8 +34,8 @@ class Engine:
 
     def __init__(self, model: str | Path, run: RunConfig | None = None, **knobs: Any) -> None:
         self.run = run if run is not None else RunConfig(model=str(model), **knobs)
-        self._parts: Assembly = assemble(self.run)
-        parts = self._parts
+        self.parts: Assembly = assemble(self.run)
+        parts = self.parts
         self.config = parts.config
         self.max_context = parts.max_context
         self._runner = parts.runner
@@ -81,7 +81,7 @@ class Engine:
         return events
 
     def stats(self) -> EngineStats:
-        return msgspec.structs.replace(self._scheduler.stats(), weight_version=self._parts.weight_version)
+        return msgspec.structs.replace(self._scheduler.stats(), weight_version=self.parts.weight_version)
 
     def check(self) -> None:
         """Asserts that every page and slot is free or held by a live sequence (tests and debugging)."""
@@ -89,7 +89,7 @@ class Engine:
 
     def fingerprint(self) -> dict[str, Any]:
         """What the bits of an answer depend on. Two engines with equal fingerprints give equal answers."""
-        parts = self._parts
+        parts = self.parts
         facts = {
             "weight_version": parts.weight_version,
             "tokenizer": parts.tokenizer.digest,
@@ -260,11 +260,11 @@ class Engine:
 
     def _new_output(self, request: Request) -> Output:
         params = request.params
-        tokenizer = self._parts.tokenizer
+        tokenizer = self.parts.tokenizer
         output = Output(
             request=request,
             eos_ids=frozenset([self.config.eos_id]),
-            grammar=self._parts.new_grammar(params),
+            grammar=self.parts.new_grammar(params),
             detokenizer=Detokenizer(tokenizer) if params.stop else None,
             stops=StopMatcher(params.stop) if params.stop else None,
         )

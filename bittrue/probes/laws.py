@@ -1,7 +1,7 @@
 """Checks laws L1 (chunking), L2 (batching) and L8 (threads) on a checkpoint, bit for bit over whole logit rows."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from bittrue.engine.runner import Runner
 from bittrue.model.batch import Segment
 from bittrue.ops.contracts import PAGE_TOKENS
 from bittrue.ops.numeric import first_difference
+from bittrue.ops.threads import set_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +50,11 @@ class LawProbe:
         num_pages: int,
         num_slots: int,
         seed: int,
-        set_threads: Callable[[int], None],
-        threads: int,
     ) -> None:
         self.runner = runner
         self.num_pages = num_pages
         self.num_slots = num_slots
         self.random = random.Random(seed)
-        self.set_threads = set_threads
-        self.threads = threads
 
     # ---- running sequences -----------------------------------------------------------------------------------
 
@@ -115,15 +112,16 @@ class LawProbe:
 
     def threading(self, prompts: Sequence[Prompt], *, counts: Sequence[int]) -> Iterator[LawResult]:
         """L8: any number of CPU threads."""
+        before = torch.get_num_threads()
         try:
             for count in counts:
-                self.set_threads(count)
+                set_threads(self.runner.model.ops, count)
                 for prompt in prompts:
                     length = len(prompt.token_ids)
                     steps = [[(0, n)] for n in self._random_chunks(length)]
                     yield self._compare("L8 threads", f"{length} tokens on {count} threads", steps, [prompt])
         finally:
-            self.set_threads(self.threads)
+            set_threads(self.runner.model.ops, before)
 
     # ---- helpers of the laws ---------------------------------------------------------------------------------
 

@@ -1,0 +1,13 @@
+"""How many CPU threads the ops of this process use. No result ever depends on it (law L8)."""
+
+import torch
+
+from bittrue.ops.contracts import OpTable
+from bittrue.ops.cpu.library import load_kernels
+
+
+def set_threads(ops: OpTable, threads: int) -> None:
+    """Lets torch and, for a CPU table, its kernels use ``threads`` threads from now on."""
+    torch.set_num_threads(threads)
+    if ops.name.startswith("cpu:"):
+        load_kernels(ops.name.removeprefix("cpu:")).set_threads(threads)

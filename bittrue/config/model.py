@@ -185,7 +185,7 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> "ModelConfig":
-        """Parses the config.json at ``path``. Raises as from_dict; CheckpointError where it cannot be read."""
+        """Parses the config.json at ``path``. Raises as from_dict; CheckpointError where unreadable."""
         return cls.from_dict(read_json_object(Path(path)))
 
     def layer_kind(self, layer: int) -> Literal["window", "csa", "hca"]:

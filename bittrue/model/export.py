@@ -43,8 +43,8 @@ def save_checkpoint(
     """Writes everything beside ``directory`` and renames it into place at the end: it appears whole or not.
 
     ``tensors`` may be a generator: at most one shard is held. ``files`` are further files by name, such as
-    tokenizer.json. Bytes, dtypes and names are kept exactly. Raises CheckpointError where ``directory`` exists
-    and is not empty.
+    tokenizer.json. Bytes, dtypes and names are kept exactly. Raises CheckpointError where ``directory`` holds
+    anything.
     """
     target = Path(directory)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

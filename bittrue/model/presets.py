@@ -155,8 +155,8 @@ def make_checkpoint(
 
     ``overrides`` replace fields of config.json by their published names. fp8 = FP8 everywhere (Base), fp4 = FP4
     experts and FP8 elsewhere (instruct). Checkpoints of one preset and seed in different precisions hold
-    roundings of the same values. Raises UsageError for an unknown preset or precision, UnsupportedModel for a
-    bad override.
+    roundings of the same values. Raises UsageError for an unknown preset or precision, UnsupportedModel
+    for a bad override.
     """
     raw = preset_config(preset, precision, draft=draft, **overrides)
     config = ModelConfig.from_dict(raw)
@@ -255,7 +255,7 @@ def _random_table(spec: TensorSpec, seed: int, num_experts: int) -> Tensor:
 def _noise(seed: int, name: str, *shape: int, std: float) -> Tensor:
     """Bell-shaped noise, f32: sums of four uniform 16-bit integers.
 
-    Integers, because the functions behind a normal sampler (log, cos, exp) round differently between machines.
+    Integers, because log, cos and exp, on which normal samplers rest, round differently between machines.
     """
     count = int(np.prod(shape))
     words = _words(seed, name, count)

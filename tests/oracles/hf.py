@@ -104,8 +104,8 @@ def hf_logits(
 ) -> Tensor:
     """Logits [T, V] float32 of one sequence.
 
-    full: one forward without cache. chunked: prefill in pieces of ``chunk`` tokens. decode: ``prefill`` tokens
-    at once (0: none), then token by token.
+    full: one forward without cache. chunked: prefill in pieces of ``chunk`` tokens. decode: first
+    ``prefill`` tokens at once (0: none), then token by token.
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is none of {MODES}")

@@ -49,6 +49,7 @@ class Tokenizer:
 
     def __init__(self, document: bytes, *, source: str) -> None:
         parsed = _parse(document, source)
+        self.document = document  # the file's bytes, for engines that read tokenizer.json themselves
         self.digest: str = hashlib.sha256(document).hexdigest()
         self.added: tuple[AddedToken, ...] = _added_tokens(parsed, source)
         self._id_of = {token.content: token.id for token in self.added}

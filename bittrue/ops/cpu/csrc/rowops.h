@@ -189,7 +189,9 @@ inline void unpack_row(const uint8_t* row, float* out, const RowSpec& spec) {
         case ROW_FP8:
             for (int64_t i = 0; i < n; i += 16) {
                 uint8_t scale = row[n + 2 * spec.rope_dim + i / KV_GROUP];
-                store_n(out + i, scaled(load_fp8_n(row + i, n - i), scale), n - i);
+                f32x16 values = load_fp8_n(row + i, n - i);
+                values = select(equal(abs(values), set1(480.0f)), set1(__builtin_nanf("")), values);  // its NaN bytes
+                store_n(out + i, scaled(values, scale), n - i);
             }
             return convert_row(reinterpret_cast<const bf16*>(row + n), out + n, spec.rope_dim);
         default:

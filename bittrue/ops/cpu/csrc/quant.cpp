@@ -1,0 +1,65 @@
+// quant_fp8, quant_fp4, hadamard, pack_rows and unpack_rows over rows.
+#include "rowops.h"
+
+namespace {
+
+thread_local Scratch hadamard_work;
+
+template <class T> void quant(const void* x, void* out, int64_t rows, int64_t n, int64_t group, bool fp8) {
+    const T* from = static_cast<const T*>(x);
+    T* to = static_cast<T*>(out);
+    BITTRUE_PARALLEL_FOR(rows * n)
+    for (int64_t r = 0; r < rows; ++r) {
+        if (fp8) quant_fp8_row(from + r * n, to + r * n, n, group);
+        else quant_fp4_row(from + r * n, to + r * n, n, group);
+    }
+}
+
+template <class T> void hadamard(const void* x, void* out, int64_t rows, int64_t n) {
+    const T* from = static_cast<const T*>(x);
+    T* to = static_cast<T*>(out);
+    BITTRUE_PARALLEL_FOR(rows * n)
+    for (int64_t r = 0; r < rows; ++r)
+        hadamard_row(from + r * n, to + r * n, n, hadamard_work.get<float>(n < 16 ? 16 : n));
+}
+
+template <class T> void pack(const void* x, uint8_t* __restrict out, int64_t rows, const RowSpec& spec) {
+    const T* from = static_cast<const T*>(x);
+    BITTRUE_PARALLEL_FOR(rows * spec.dim)
+    for (int64_t r = 0; r < rows; ++r) pack_row(from + r * spec.dim, out + r * spec.bytes(), spec);
+}
+
+}  // namespace
+
+// x, out [rows, n]
+BITTRUE_EXPORT(quant_fp8)(const void* x, int64_t dtype, void* out, int64_t rows, int64_t n, int64_t group) {
+    if (dtype == 0) quant<float>(x, out, rows, n, group, true);
+    else quant<bf16>(x, out, rows, n, group, true);
+}
+
+BITTRUE_EXPORT(quant_fp4)(const void* x, int64_t dtype, void* out, int64_t rows, int64_t n, int64_t group) {
+    if (dtype == 0) quant<float>(x, out, rows, n, group, false);
+    else quant<bf16>(x, out, rows, n, group, false);
+}
+
+// x, out [rows, n], n a power of two
+BITTRUE_EXPORT(hadamard)(const void* x, int64_t dtype, void* out, int64_t rows, int64_t n) {
+    if (dtype == 0) hadamard<float>(x, out, rows, n);
+    else hadamard<bf16>(x, out, rows, n);
+}
+
+// x [rows, dim] -> out [rows, bytes]; kind as ROW_F32 ...
+BITTRUE_EXPORT(pack_rows)(const void* x, int64_t dtype, uint8_t* out, int64_t rows, int64_t kind, int64_t dim,
+                          int64_t rope_dim) {
+    const RowSpec spec{kind, dim, rope_dim};
+    if (dtype == 0) pack<float>(x, out, rows, spec);
+    else pack<bf16>(x, out, rows, spec);
+}
+
+// bytes [rows, bytes] -> out [rows, dim] f32
+BITTRUE_EXPORT(unpack_rows)(const uint8_t* __restrict bytes, float* __restrict out, int64_t rows, int64_t kind,
+                            int64_t dim, int64_t rope_dim) {
+    const RowSpec spec{kind, dim, rope_dim};
+    BITTRUE_PARALLEL_FOR(rows * dim)
+    for (int64_t r = 0; r < rows; ++r) unpack_row(bytes + r * spec.bytes(), out + r * dim, spec);
+}

@@ -1,0 +1,111 @@
+// log_softmax over rows of logits, and Gumbel noise from Philox-4x32-10.
+#include "simd.h"
+
+namespace {
+
+float row_max(const float* x, int64_t n) {
+    const f32x16 least = set1(-__builtin_inff());
+    f32x16 m = least;
+    for (int64_t i = 0; i < n; i += 16) m = max(m, select(lanes_below(n - i), load_n(x + i, n - i), least));
+    return hmax(m);
+}
+
+// Blocks of 1024, then the blocks: a vocabulary is long enough for a single chain to lose digits.
+float sum_exp(const float* x, int64_t n, float largest) {
+    f32x16 total = zero();
+    for (int64_t start = 0; start < n; start += 1024) {
+        const int64_t end = start + 1024 < n ? start + 1024 : n;
+        f32x16 block = zero();
+        for (int64_t i = start; i < end; i += 16) {
+            f32x16 e = exp(sub(load_n(x + i, end - i), set1(largest)));
+            block = add(block, select(lanes_below(end - i), e, zero()));
+        }
+        total = add(total, block);
+    }
+    return hsum(total);
+}
+
+void log_softmax_row(const float* x, float* out, int64_t n) {
+    const float largest = row_max(x, n);
+    const f32x16 shift = add(set1(largest), log(set1(sum_exp(x, n, largest))));
+    for (int64_t i = 0; i < n; i += 16) store_n(out + i, sub(load_n(x + i, n - i), shift), n - i);
+}
+
+// ---- noise. Plain loops over LANES counters: the compiler makes vectors of them, and no operation here may fuse.
+
+constexpr int LANES = 16;
+
+// Words w[i][0..3] of Philox-4x32-10 with counters (first + i, position low, position high, 0).
+void philox(uint32_t first, uint64_t position, uint64_t seed, uint32_t w[4][LANES]) {
+    for (int i = 0; i < LANES; ++i) {
+        w[0][i] = first + uint32_t(i);
+        w[1][i] = uint32_t(position);
+        w[2][i] = uint32_t(position >> 32);
+        w[3][i] = 0;
+    }
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        for (int i = 0; i < LANES; ++i) {
+            const uint64_t p0 = uint64_t(w[0][i]) * 0xD2511F53u, p1 = uint64_t(w[2][i]) * 0xCD9E8D57u;
+            w[0][i] = uint32_t(p1 >> 32) ^ w[1][i] ^ k0;
+            w[1][i] = uint32_t(p1);
+            w[2][i] = uint32_t(p0 >> 32) ^ w[3][i] ^ k1;
+            w[3][i] = uint32_t(p0);
+        }
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+}
+
+// x[i] <- -ln x[i] in float64 for normal x > 0, within 1 ulp (the method and coefficients of fdlibm).
+void negative_log(double* x, int n) {
+    const double magic = 0x1.8p52;  // adding it leaves an integer in the low bits of the sum
+    for (int i = 0; i < n; ++i) {
+        uint64_t u;
+        std::memcpy(&u, &x[i], 8);
+        u += 0x3ff0000000000000ull - 0x3fe6a09e00000000ull;  // split at sqrt(1/2): the mantissa lies about 1
+        const uint64_t biased = (u >> 52) + 0x4338000000000000ull;
+        const uint64_t mantissa = (u & 0x000fffffffffffffull) + 0x3fe6a09e00000000ull;
+        double k, m;
+        std::memcpy(&k, &biased, 8);
+        std::memcpy(&m, &mantissa, 8);
+        k = (k - magic) - 1023.0;
+        const double f = m - 1.0, s = f / (2.0 + f), z = s * s, w = z * z;
+        const double t1 = w * (3.999999999940941908e-01 + w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01));
+        const double t2 =
+            z * (6.666666666666735130e-01 +
+                 w * (2.857142874366239149e-01 + w * (1.818357216161805012e-01 + w * 1.479819860511658591e-01)));
+        const double half = 0.5 * f * f;
+        const double low = s * (half + (t1 + t2)) + k * 1.90821492927058770002e-10;
+        x[i] = ((half - low) - f) - k * 6.93147180369123816490e-01;
+    }
+}
+
+// out [n]: -log(-log((h + 1/2) / 2^24)), h the top 24 bits of each word
+void gumbel_row(uint64_t seed, uint64_t position, float* out, int64_t n) {
+    for (int64_t first = 0; first < n; first += 4 * LANES) {
+        uint32_t words[4][LANES];
+        philox(uint32_t(first / 4), position, seed, words);
+        double u[4 * LANES];
+        for (int j = 0; j < 4; ++j)
+            for (int i = 0; i < LANES; ++i) u[4 * i + j] = (double(int32_t(words[j][i] >> 8)) + 0.5) * 0x1p-24;
+        negative_log(u, 4 * LANES);
+        negative_log(u, 4 * LANES);
+        for (int64_t i = 0; i < 4 * LANES && first + i < n; ++i) out[first + i] = float(u[i]);
+    }
+}
+
+}  // namespace
+
+// logits, out [rows, n]
+BITTRUE_EXPORT(log_softmax)(const float* __restrict logits, float* __restrict out, int64_t rows, int64_t n) {
+    BITTRUE_PARALLEL_FOR(rows * n * 8)
+    for (int64_t r = 0; r < rows; ++r) log_softmax_row(logits + r * n, out + r * n, n);
+}
+
+// seeds, positions [rows] -> out [rows, n]
+BITTRUE_EXPORT(gumbel)(const int64_t* __restrict seeds, const int64_t* __restrict positions, float* __restrict out,
+                       int64_t rows, int64_t n) {
+    BITTRUE_PARALLEL_FOR(rows * n * 16)
+    for (int64_t r = 0; r < rows; ++r) gumbel_row(uint64_t(seeds[r]), uint64_t(positions[r]), out + r * n, n);
+}

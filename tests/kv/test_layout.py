@@ -93,7 +93,12 @@ def test_parts_have_the_shapes_of_the_cache_contract() -> None:
         "csa": (10, 2, 64),
         "csa_index": (10, 2, 32),
     }
-    assert shapes[2] == {"window": (18, row), "rows": (1, row), "hca_fold": (3, 32), "hca_pending": (2, 2, 32)}
+    assert shapes[2] == {
+        "window": (18, row),
+        "rows": (1, row),
+        "hca_fold": (3, 32),
+        "hca_pending": (2, 2, 32),
+    }
     for layer in layout.layers:
         assert layer.row_format == kv_row_format("maths", "f32", 32, 8)
         assert layer.key_format == (index_key_format("maths", "f32", 16) if layer.kind == "csa" else None)

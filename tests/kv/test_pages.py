@@ -1,4 +1,4 @@
-"""The page and slot allocators: unit behaviour, and a state machine against a plain model of who holds what."""
+"""The page and slot allocators, and a state machine that compares them with a plain list of owners."""
 
 from collections import Counter
 from heapq import heappush
@@ -135,7 +135,7 @@ TestPools = PoolMachine.TestCase
 
 
 class FreesSharedPages(PagePool):
-    """A planted fault: releasing a shared page frees it though another owner is left (a double free in waiting)."""
+    """A planted fault: releasing a shared page frees it though an owner is left: a double free."""
 
     def release(self, page: int) -> bool:
         was_shared = self.owners(page) > 1

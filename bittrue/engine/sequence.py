@@ -8,7 +8,7 @@ from bittrue.engine.types import FinishReason, Request
 Status = Literal["waiting", "running", "finished"]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sequence:
     """Owned by the scheduler, which alone changes it; others read.
 

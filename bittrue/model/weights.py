@@ -66,14 +66,14 @@ def load_checkpoint(
     """Opens a checkpoint: config.json and model.safetensors or its shards. Copies nothing.
 
     Names, shapes and dtypes are always checked against the config. ``verify`` also reads every byte once and
-    refuses NaN, infinity and expert ids out of range; pass False for a checkpoint far larger than memory that was
-    checked before. Raises CheckpointError naming file and tensor, or UnsupportedModel.
+    refuses NaN, infinity and expert ids out of range; pass False for a checkpoint far larger than memory that
+    was checked before. Raises CheckpointError naming file and tensor, or UnsupportedModel.
     """
     root = Path(directory)
     if not root.is_dir():
         raise CheckpointError(f"{root} is not a directory; give one in the published layout", file=str(root))
     raw = read_json_object(root / CONFIG_FILE)
-    shards = _shard_entries(root)
+    shards = shard_entries(root)
     names = [entry.name for entries in shards.values() for entry in entries]
     _refuse_foreign_names(root, names)
     config = ModelConfig.from_dict(raw)
@@ -155,7 +155,7 @@ def _listing(names: Iterable[str]) -> str:
     return f"{shown} and {len(found) - 4} more" if len(found) > 4 else shown
 
 
-def _shard_entries(root: Path) -> dict[str, tuple[TensorEntry, ...]]:
+def shard_entries(root: Path) -> dict[str, tuple[TensorEntry, ...]]:
     """The tensors of every file of the checkpoint, by file name."""
     index = root / INDEX_FILE
     if not index.exists():

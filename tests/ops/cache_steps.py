@@ -10,6 +10,8 @@ from torch import Tensor
 
 from bittrue.config.formats import RowFormat
 from bittrue.ops.contracts import Batch, CompressorWeights
+from bittrue.ops.cpu.cache import cache_ops
+from bittrue.ops.cpu.library import available_isas, load_kernels
 from bittrue.ops.ref import attention, compress, index, window
 
 REFERENCE: dict[str, Callable[..., Any]] = {
@@ -22,7 +24,9 @@ REFERENCE: dict[str, Callable[..., Any]] = {
 
 
 def ops_under_test() -> list[Any]:
-    return [pytest.param(REFERENCE, id="ref")]
+    """The reference and the CPU kernels of every instruction set this processor runs."""
+    cpu = [pytest.param(cache_ops(load_kernels(isa)), id=isa) for isa in available_isas()]
+    return [pytest.param(REFERENCE, id="ref"), *cpu]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class Part:
 
 
 def step(parts: Sequence[Part], page_table: Tensor, *, max_draft: int = 0) -> Batch:
-    """The Batch of one step. Sequence q of a test has state slot ``slot_of(q)`` and row q of ``page_table``."""
+    """The Batch of one step. Sequence q has state slot ``slot_of(q)`` and row q of ``page_table``."""
     lengths = [part.end - part.start for part in parts]
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     positions = [p for part in parts for p in range(part.start, part.end)]

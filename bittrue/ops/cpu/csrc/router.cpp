@@ -1,0 +1,62 @@
+// route_topk and route_hash: scores of all experts, the chosen ids, and their weights.
+#include "simd.h"
+
+namespace {
+
+thread_local Scratch score_scratch;
+
+BT void scores_of(const float* logits, int64_t experts, float* scores) {
+    for (int64_t e = 0; e < experts; e += 16)
+        store_n(scores + e, sqrt(softplus(load_n(logits + e, experts - e))), experts - e);
+}
+
+// weights[j] = score of ids[j] over their sum in the order given, times scale.
+BT void weights_of(const float* scores, const int32_t* ids, int64_t k, float scale, float* weights) {
+    float total = 0.0f;
+    for (int64_t j = 0; j < k; ++j) total = total + scores[ids[j]];
+    for (int64_t j = 0; j < k; ++j) weights[j] = scores[ids[j]] / total * scale;
+}
+
+// The k largest by (value descending, id ascending), as ascending ids: a sorted list of the best so far.
+BT void choose(const float* values, int64_t experts, int64_t k, int32_t* ids) {
+    int64_t kept = 0;
+    for (int64_t e = 0; e < experts; ++e) {
+        if (kept == k && !(values[e] > values[ids[k - 1]])) continue;
+        int64_t j = kept < k ? kept++ : k - 1;
+        for (; j > 0 && values[e] > values[ids[j - 1]]; --j) ids[j] = ids[j - 1];
+        ids[j] = int32_t(e);
+    }
+    for (int64_t i = 1; i < k; ++i) {
+        int32_t id = ids[i];
+        int64_t j = i;
+        for (; j > 0 && ids[j - 1] > id; --j) ids[j] = ids[j - 1];
+        ids[j] = id;
+    }
+}
+
+}  // namespace
+
+// logits [tokens, experts], bias [experts] or null -> ids, weights [tokens, k]; k <= experts.
+BITTRUE_EXPORT(route_topk)(const float* logits, const float* bias, int64_t tokens, int64_t experts, int64_t k,
+                           float scale, int32_t* ids, float* weights) {
+    BITTRUE_PARALLEL_FOR(tokens * experts * 16)
+    for (int64_t t = 0; t < tokens; ++t) {
+        float* scores = score_scratch.get<float>(2 * experts);
+        float* ranked = scores + experts;
+        scores_of(logits + t * experts, experts, scores);
+        for (int64_t e = 0; e < experts; ++e) ranked[e] = bias ? scores[e] + bias[e] : scores[e];
+        choose(ranked, experts, k, ids + t * k);
+        weights_of(scores, ids + t * k, k, scale, weights + t * k);
+    }
+}
+
+// logits [tokens, experts], ids [tokens, k] as looked up -> weights [tokens, k].
+BITTRUE_EXPORT(route_hash)(const float* logits, const int32_t* ids, int64_t tokens, int64_t experts, int64_t k,
+                           float scale, float* weights) {
+    BITTRUE_PARALLEL_FOR(tokens * experts * 16)
+    for (int64_t t = 0; t < tokens; ++t) {
+        float* scores = score_scratch.get<float>(experts);
+        scores_of(logits + t * experts, experts, scores);
+        weights_of(scores, ids + t * k, k, scale, weights + t * k);
+    }
+}

@@ -21,7 +21,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """Allowed |error| = relative * |reference| + magnitude * (the case's magnitude, or 1). Integers are exact."""
+    """Allowed |error| = relative * |reference| + magnitude * (the case's magnitude or 1); integers exact."""
 
     relative: float
     magnitude: float
@@ -39,10 +39,10 @@ Invariance = Callable[[Callable[[Call], Outputs], Call, int], Difference | None]
 class Case:
     """One way to call one op.
 
-    ``run`` is needed where the op writes in place: it clones what is written, calls the op and returns it (so a
-    call can be repeated). ``magnitude`` gives, per output, what the error is relative to: the sum of |terms|.
-    ``invariance(run, call, seed)`` is a difference when the result depends on what it must not depend on; for an
-    op whose rows are tokens it is ``rows_alone(take)``. ``bytes`` and ``flops``: the least it must move and do.
+    ``run`` is needed where the op writes in place: it clones what is written, calls the op and returns it (so
+    a call can be repeated). ``magnitude`` gives, what each output's error is relative to: a sum of |terms|.
+    ``invariance(run, call, seed)`` is a difference when the result depends on what it must not depend on; for
+    an op whose rows are tokens it is ``rows_alone(take)``. ``bytes``, ``flops``: the least it moves and does.
     """
 
     op: str

@@ -14,7 +14,7 @@ THREAD_COUNTS = (1, 2)
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """One implementation on one case. ``error`` and ``allowed`` are those where error / allowed is largest."""
+    """One implementation on one case. ``error`` and ``allowed`` are where their quotient is largest."""
 
     op: str
     case: str
@@ -72,7 +72,7 @@ def check_case(
     seed: int = 0,
 ) -> list[CheckResult]:
     """The reference and each table on one case: within tolerance of the reference, the same bits at 1 and 2
-    threads and for rows alone, and the same bits as the first table (one source in several instruction sets)."""
+    threads and for rows alone, the same bits as the first table (one source, several instruction sets)."""
     call = case.make_inputs(seed)
     results = []
     base: Outputs | None = None

@@ -54,8 +54,8 @@ def _named(kind: str, a: Tensor, b: Tensor, differs: Tensor) -> Difference | Non
 def first_difference(a: Tensor, b: Tensor, allowed: Tensor | None = None) -> Difference | None:
     """The first difference in row-major order, None if there is none.
 
-    Shapes and dtypes are compared first, then the places of NaN and of each infinity, then the values: bit for
-    bit (any NaN equals any NaN, +0 differs from -0), or, given ``allowed`` (broadcastable to a), by
+    Shapes and dtypes are compared first, then the places of NaN and of each infinity, then the values: bit
+    for bit (any NaN equals any NaN, +0 differs from -0), or, given ``allowed`` (broadcastable to a), by
     |a - b| <= allowed in float64.
     """
     difference = _form_difference(a, b)

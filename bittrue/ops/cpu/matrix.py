@@ -19,7 +19,7 @@ DATA_DTYPES: Final = {
 
 
 def check_weight(op: str, name: str, weight: Weight, inputs: int) -> None:
-    """ValueError unless the weight's data and scale are as its format says and it takes ``inputs`` features."""
+    """ValueError unless the weight's data and scale are as its format says and it takes ``inputs``."""
     check(op, f"{name}.data", weight.data, (None, None), DATA_DTYPES[weight.format])
     rows, cols = weight.shape
     if cols != inputs:
@@ -56,7 +56,9 @@ def _product_ops(kernels: Kernels) -> dict[str, Callable[..., Any]]:
         check_weight("grouped_linear", "weight", weight, inputs)
         outputs, rest = divmod(weight.shape[0], groups)
         if rest:
-            raise ValueError(f"grouped_linear: {weight.shape[0]} weight rows do not divide into {groups} groups")
+            raise ValueError(
+                f"grouped_linear: {weight.shape[0]} weight rows do not divide into {groups} groups"
+            )
         out = torch.empty(num_tokens, groups, outputs, dtype=x.dtype)
         return product(x, groups, inputs, outputs, weight, out)
 
@@ -71,7 +73,11 @@ def dequantizer(kernels: Kernels) -> Callable[[Weight], Tensor]:
         check_weight("dequantize", "weight", weight, weight.shape[1])
         out = torch.empty(weight.shape, dtype=torch.float32)
         run(
-            weight.data.data_ptr(), pointer(weight.scale), FORMAT_CODES[weight.format], *weight.shape, out.data_ptr()
+            weight.data.data_ptr(),
+            pointer(weight.scale),
+            FORMAT_CODES[weight.format],
+            *weight.shape,
+            out.data_ptr(),
         )
         return out
 
@@ -84,7 +90,11 @@ def _expert_pointers(bank: ExpertBank, active: list[int], width: int, hidden: in
     addresses = []
     for e in active:
         row = []
-        for name, weight, inputs in (("w1", bank.w1[e], width), ("w3", bank.w3[e], width), ("w2", bank.w2[e], hidden)):
+        for name, weight, inputs in (
+            ("w1", bank.w1[e], width),
+            ("w3", bank.w3[e], width),
+            ("w2", bank.w2[e], hidden),
+        ):
             check_weight("experts", f"{name}[{e}]", weight, inputs)
             if weight.format != form:
                 raise ValueError(f"experts: {name}[{e}] is {weight.format}, but w1[{active[0]}] is {form}")
@@ -106,7 +116,13 @@ def _expert_ops(kernels: Kernels) -> dict[str, Callable[..., Any]]:
             check("swiglu", "weight", weight, (gate.shape[0],), torch.float32)
         out = torch.empty_like(gate)
         run_swiglu(
-            gate.data_ptr(), up.data_ptr(), pointer(weight), out.data_ptr(), dtype_code(gate.dtype), *gate.shape, limit
+            gate.data_ptr(),
+            up.data_ptr(),
+            pointer(weight),
+            out.data_ptr(),
+            dtype_code(gate.dtype),
+            *gate.shape,
+            limit,
         )
         return out
 
@@ -151,7 +167,14 @@ def _router_ops(kernels: Kernels) -> dict[str, Callable[..., Any]]:
         ids = torch.empty(num_tokens, k, dtype=torch.int32)
         weights = torch.empty(num_tokens, k)
         run_topk(
-            logits.data_ptr(), pointer(bias), num_tokens, num_experts, k, scale, ids.data_ptr(), weights.data_ptr()
+            logits.data_ptr(),
+            pointer(bias),
+            num_tokens,
+            num_experts,
+            k,
+            scale,
+            ids.data_ptr(),
+            weights.data_ptr(),
         )
         return ids, weights
 
@@ -165,7 +188,13 @@ def _router_ops(kernels: Kernels) -> dict[str, Callable[..., Any]]:
             raise ValueError(f"route_hash: the table holds ids outside 0..{num_experts - 1}")
         weights = torch.empty(ids.shape)
         run_hash(
-            logits.data_ptr(), ids.data_ptr(), num_tokens, num_experts, ids.shape[1], scale, weights.data_ptr()
+            logits.data_ptr(),
+            ids.data_ptr(),
+            num_tokens,
+            num_experts,
+            ids.shape[1],
+            scale,
+            weights.data_ptr(),
         )
         return ids, weights
 

@@ -10,7 +10,7 @@ def scores_of(logits: Tensor) -> Tensor:
 
 
 def weights_of(scores: Tensor, ids: Tensor, scale: float) -> Tensor:
-    """scores [E], ids [k] -> [k]: each chosen score over their sum (added in the order of ids), times scale."""
+    """scores [E], ids [k] -> [k]: each chosen score over their sum (in the order of ids), times scale."""
     chosen = scores[ids.long()]
     total = torch.zeros((), dtype=torch.float32)
     for score in chosen:

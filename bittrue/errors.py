@@ -10,6 +10,7 @@
     ├── BackendUnavailable    the chosen backend cannot run here                   -> exit 2
     ├── QueueFull             too many requests wait                               -> HTTP 429
     ├── Draining              the server is shutting down                          -> HTTP 503
+    ├── HttpRefused           refused at the HTTP boundary: key, path, model, size -> HTTP 401, 404, 405, 408, 413
     └── EngineDied            the engine process ended and could not be restarted  -> HTTP 500
 """
 
@@ -102,6 +103,16 @@ class Draining(BittrueError):
 
     status = 503
     code = "draining"
+
+
+class HttpRefused(BittrueError):
+    """Refused at the HTTP boundary, before the request means anything: ``status`` says how."""
+
+    def __init__(self, message: str, *, status: int, code: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.param = param
 
 
 class EngineDied(BittrueError):

@@ -82,10 +82,9 @@ class RunConfig(BaseModel):
         """The name clients use in ``model``."""
         return self.served_name or self.model.rstrip("/").rsplit("/", 1)[-1]
 
-    def public_json(self) -> str:
-        """The resolved configuration as one line of JSON, without the key."""
-        shown = self.model_copy(update={"api_key": "***"}) if self.api_key else self
-        return shown.model_dump_json()
+    def public(self) -> dict[str, object]:
+        """Every resolved knob by name, the key left out."""
+        return {**self.model_dump(), "api_key": "***" if self.api_key else ""}
 
 
 def knob_help() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Token journal: prompt, sampling, seed and tokens so far of every unfinished request, so that a stream can go on."""
+"""Token journal: prompt, sampling and tokens so far of every unfinished request, so that streams go on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,9 +38,9 @@ class Journal:
         self._entries[request.request_id] = JournalEntry(request, list(request.resume))
 
     def record(self, event: TokenEvent) -> TokenEvent | None:
-        """Notes the event's tokens. Returns it as the client may see it, or None if the request is no longer open.
+        """Notes the event's tokens. Returns it as the client may see it, None if the request is not open.
 
-        An engine that replays a request tells the prompt's log-probabilities again; the client has them already.
+        An engine that replays a request tells the prompt's log-probabilities again; the client has them.
         """
         entry = self._entries.get(event.request_id)
         if entry is None:
@@ -61,7 +61,8 @@ class Journal:
         return self._entries.pop(request_id, None) is not None
 
     def resumed(self) -> list[Request]:
-        """Every unfinished request with its tokens so far, oldest first: what a new engine process must be sent."""
+        """Every unfinished request with its tokens so far, oldest first: what a new engine is sent."""
         return [
-            msgspec.structs.replace(entry.request, resume=tuple(entry.tokens)) for entry in self._entries.values()
+            msgspec.structs.replace(entry.request, resume=tuple(entry.tokens))
+            for entry in self._entries.values()
         ]

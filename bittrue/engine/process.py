@@ -1,4 +1,4 @@
-"""The engine process: owns the model and the KV memory, takes requests from a socket and sends back tokens."""
+"""The engine process: owns the model and the KV memory, takes requests from a socket, sends back tokens."""
 
 import importlib
 import os
@@ -44,7 +44,7 @@ class ModelFacts(Protocol):
 class ServedEngine(Protocol):
     """What the process needs of an engine (engine.Engine is one).
 
-    Events of a request with ``resume`` hold only the tokens after those. ``has_work()`` means ``step()`` makes progress.
+    Events of a request with ``resume`` hold only the tokens after those. ``has_work()``: ``step()`` gets on.
     """
 
     @property
@@ -65,7 +65,7 @@ EngineFactory = Callable[[str, RunConfig], ServedEngine]
 
 def main(fd: int) -> int:
     """Body of the engine process; ``fd`` is its end of the socket pair. Returns the exit code."""
-    # A terminal's Ctrl-C and a service manager's SIGTERM reach the whole group: the server decides when the engine ends.
+    # A terminal's Ctrl-C and a service manager's SIGTERM reach the whole group: the server decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     link = socket.socket(fileno=fd)
@@ -121,7 +121,7 @@ def _build(hello: Hello) -> ServedEngine:
 
 
 def _read_messages(link: socket.socket, inbox: "queue.SimpleQueue[ToEngine]") -> None:
-    """Fills the inbox. The stream ends only when the server process has gone: then this process ends, mid-step or not."""
+    """Fills the inbox. The stream ends with the server process: then so does this one, even mid-step."""
     while True:
         header = _read_exactly(link, HEADER_BYTES)
         body = None if header is None else _read_exactly(link, body_bytes(header))
@@ -144,8 +144,10 @@ def _read_exactly(link: socket.socket, num_bytes: int) -> bytes | None:
     return bytes(parts)
 
 
-def _run(engine: ServedEngine, inbox: "queue.SimpleQueue[ToEngine]", send: Callable[[FromEngine], None]) -> None:
-    """Takes in what has arrived, steps, reports; sleeps on the inbox when there is no work. Returns on Shutdown."""
+def _run(
+    engine: ServedEngine, inbox: "queue.SimpleQueue[ToEngine]", send: Callable[[FromEngine], None]
+) -> None:
+    """Takes in what has arrived, steps, reports; sleeps on the inbox without work. Returns on Shutdown."""
     while True:
         if not _take_in(engine, inbox, send):
             return

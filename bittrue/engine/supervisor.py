@@ -1,4 +1,4 @@
-"""EngineClient: the server's side of the engine process; starts it, restarts it when it dies, fans its tokens out."""
+"""EngineClient: the server's side of the engine process; starts it, restarts it, fans its tokens out."""
 
 import asyncio
 import contextlib
@@ -43,7 +43,9 @@ _BOOT = (
     "from bittrue.engine.process import main; sys.exit(main(int(sys.argv[1])))"
 )
 _BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
-_MAX_FRUITLESS_RESTARTS = 2  # a request that was there at three engine deaths in a row without a token is given up
+_MAX_FRUITLESS_RESTARTS = (
+    2  # a request that was there at three engine deaths in a row without a token is given up
+)
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -72,7 +74,7 @@ class EventChannel:
             self._client.abort(request_id)
 
     async def next_events(self, timeout_s: float | None = None) -> list[TokenEvent]:
-        """Every event that has arrived, waiting for at least one; empty after ``timeout_s`` seconds of silence.
+        """Every event that has arrived, waiting for at least one; empty after ``timeout_s`` of silence.
 
         Raises the BittrueError that ended a sequence: the other sequences of the request are then aborted.
         """
@@ -165,7 +167,7 @@ class EngineClient:
     # ---- what the server calls ----
 
     async def start(self) -> Ready:
-        """Starts the process and waits until the engine is built. Raises the BittrueError that prevented it."""
+        """Starts the process and waits until the engine is built. Raises the BittrueError in its way."""
         self._ready = await self._launch()
         self._supervision = asyncio.create_task(self._supervise(), name="engine supervision")
         return self._ready
@@ -185,7 +187,7 @@ class EngineClient:
         return None if self._link is None else self._link.process.pid
 
     def open(self, requests: Sequence[Request]) -> EventChannel:
-        """Submits sequences, all or none. Raises QueueFull, or EngineDied when there is no engine any more."""
+        """Submits sequences, all or none. Raises QueueFull, or EngineDied when there is no engine."""
         if self._dead is not None:
             raise self._dead
         limit = self.config.max_running + self.config.max_queue
@@ -209,8 +211,14 @@ class EngineClient:
             self._drop(request_id, "abort")
             self._send(Abort(request_id=request_id))
 
+    def fail_all(self, error: BittrueError) -> None:
+        """Ends every unfinished sequence with ``error``."""
+        for entry in self.journal:
+            self._fail(entry.request.request_id, error)
+            self._send(Abort(request_id=entry.request.request_id))
+
     async def fresh_stats(self) -> EngineStats:
-        """Numbers from after everything submitted so far was taken in; the last known ones while the engine is down."""
+        """Numbers from after all that was submitted so far; the last known ones while the engine is down."""
         if self._link is None:
             return self.stats
         ping_id = next(self._ping_ids)
@@ -259,10 +267,12 @@ class EngineClient:
             code = await process.wait()
             if isinstance(message, Refused):
                 raise error_of(message)
-            raise EngineDied(f"the engine process ended with code {code} before it was ready; see its output above")
+            raise EngineDied(
+                f"the engine process ended with code {code} before it was ready; see its output above"
+            )
         self._link = link
         self.stats = message.stats
-        self.log.info("engine_ready", pid=process.pid, max_context=message.max_context)
+        self.log.info("engine_ready", pid=process.pid, max_context=message.max_context, **message.fingerprint)
         return message
 
     async def _supervise(self) -> None:
@@ -283,12 +293,12 @@ class EngineClient:
                 return
 
     async def _restart(self) -> None:
-        """A new process that goes on with the journal. Raises EngineDied after too many deaths without a token."""
+        """A new process that goes on with the journal. EngineDied after too many deaths without a token."""
         self._fail_repeat_offenders()
         while not self._is_closing:
             if self._num_fruitless_restarts >= self.config.max_restarts:
                 raise EngineDied(
-                    f"the engine process died {self._num_fruitless_restarts + 1} times without a token in between"
+                    f"the engine process died {self._num_fruitless_restarts + 1} times without a token"
                 )
             await asyncio.sleep(_BACKOFF_S[min(self._num_fruitless_restarts, len(_BACKOFF_S) - 1)])
             self._num_fruitless_restarts += 1
@@ -300,7 +310,7 @@ class EngineClient:
                 continue
             if ready.fingerprint != self.ready.fingerprint:
                 raise EngineDied(
-                    "the restarted engine is not the one that began the streams (the checkpoint changed on disk?); "
+                    "the restarted engine differs from the one that began the streams (a new checkpoint?); "
                     "start the server again"
                 )
             for request in self.journal.resumed():
@@ -315,7 +325,9 @@ class EngineClient:
                 deaths = entry.num_fruitless_restarts
                 self._fail(
                     entry.request.request_id,
-                    EngineDied(f"the engine process died {deaths} times while it ran this request; it was given up"),
+                    EngineDied(
+                        f"the engine process died {deaths} times while it ran this request; it was given up"
+                    ),
                 )
 
     def _give_up(self, error: EngineDied) -> None:

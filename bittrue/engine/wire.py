@@ -1,4 +1,4 @@
-"""The messages between the server process and the engine process, and how they are framed on a stream socket."""
+"""The messages between the server process and the engine process, and their frames on a stream socket."""
 
 import struct
 from typing import Any
@@ -30,7 +30,7 @@ class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """The engine is built. ``fingerprint`` tells two engines apart that may not continue each other's sequences."""
+    """The engine is built. Engines of different ``fingerprint`` may not continue each other's sequences."""
 
     max_context: int
     vocab_size: int
@@ -95,7 +95,7 @@ def refusal(request_id: str | None, error: errors.BittrueError) -> Refused:
 
 
 def error_of(refused: Refused) -> errors.BittrueError:
-    """The error a Refused carries, as the class it had on the other side (EngineDied when there is no such class)."""
+    """The error a Refused carries, as the class it had on the other side (EngineDied if unknown)."""
     found = getattr(errors, refused.kind, None)
     is_known = isinstance(found, type) and issubclass(found, errors.BittrueError)
     kind: type[errors.BittrueError] = found if is_known else errors.EngineDied  # type: ignore[assignment]

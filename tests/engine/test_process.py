@@ -44,7 +44,9 @@ def run_client(
     return asyncio.run(main())
 
 
-def a_request(name: str, *, max_tokens: int = 8, seed: int = 7, prompt: tuple[int, ...] = (20, 21, 22)) -> Request:
+def a_request(
+    name: str, *, max_tokens: int = 8, seed: int = 7, prompt: tuple[int, ...] = (20, 21, 22)
+) -> Request:
     return Request(request_id=name, prompt=prompt, params=SamplingParams(max_tokens=max_tokens, seed=seed))
 
 

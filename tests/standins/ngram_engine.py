@@ -1,4 +1,4 @@
-"""A small deterministic engine without a model: the next token is a hash of seed, position and the last two tokens."""
+"""A small deterministic engine without a model: the next token is a hash of seed, position and two tokens."""
 
 import hashlib
 import json
@@ -38,7 +38,9 @@ class StandinOptions:
     step_s: float = 0.0
     num_pages: int = 400
     replies: list[Reply] = field(default_factory=list)
-    crash_on: list[int] = field(default_factory=list)  # a prompt with this token kills the process at its first step
+    crash_on: list[int] = field(
+        default_factory=list
+    )  # a prompt with this token kills the process at its first step
     broken_file: str = ""  # start-up fails with a CheckpointError that names it
 
     def save(self, directory: Path) -> None:
@@ -98,7 +100,9 @@ class NgramEngine:
         self._num_steps += 1
         time.sleep(self.config.step_s)
         free = self.config.num_pages - sum(self._pages(live) for live in self._running)
-        while self._waiting and len(self._running) < self._max_running and free >= self._pages(self._waiting[0]):
+        while (
+            self._waiting and len(self._running) < self._max_running and free >= self._pages(self._waiting[0])
+        ):
             free -= self._pages(self._waiting[0])
             self._running.append(self._waiting.pop(0))
         events = [self._advance(live) for live in self._running]

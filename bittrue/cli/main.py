@@ -1,0 +1,67 @@
+"""The program `bittrue`: finds the verb, runs it, turns errors into exit codes."""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from cyclopts import App, CycloptsError
+
+from bittrue.errors import BittrueError
+
+# verb -> where it is (imported only when it runs: help needs no torch) and its line of help.
+VERBS = {
+    "serve": ("bittrue.cli.serve:serve", "Serve a checkpoint over HTTP."),
+    "verify": ("bittrue.cli.verify:verify", "Check the laws on a checkpoint and this machine."),
+    "convert": ("bittrue.cli.convert:convert", "Convert checkpoints, or make a small random one."),
+    "ops": ("bittrue.cli.ops:app", "Check every kernel against the reference."),
+}
+EXIT_USAGE = 2
+_EXIT_INTERRUPTED = 130
+
+
+def build_app() -> App:
+    app = App(
+        name="bittrue",
+        help="Serve DeepSeek-V4 so that every fast path returns exactly the bits of the slow path.",
+        version=_version,
+    )
+    for verb, (target, help_line) in VERBS.items():
+        app.command(target, name=verb, help=help_line)
+    return app
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line. 0 yes, 1 no, 2 usage or internal error, 3 inconclusive, 4 integrity."""
+    try:
+        result = build_app()(
+            list(arguments), exit_on_error=False, print_error=False, result_action="return_value"
+        )
+        return result if isinstance(result, int) else 0
+    except CycloptsError as error:
+        sys.stderr.write(f"bittrue: {error}\n")
+        return EXIT_USAGE
+    except BittrueError as error:
+        sys.stderr.write(f"bittrue: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return _EXIT_INTERRUPTED
+    except Exception:  # noqa: BLE001  the program's top
+        traceback.print_exc()
+        return EXIT_USAGE
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _version() -> str:
+    try:
+        return version("bittrue")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    main()

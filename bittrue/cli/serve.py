@@ -1,0 +1,37 @@
+"""`bittrue serve MODEL`: an OpenAI-compatible server on one checkpoint."""
+
+from dataclasses import field, make_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from bittrue.config.load import load_run_config
+from bittrue.config.run import RunConfig, knob_help
+from bittrue.server.run import run_server
+
+# One flag per knob. Values stay text: RunConfig alone knows types and ranges.
+_Flags: Any = make_dataclass(
+    "_Flags",
+    [
+        (name, Annotated[str | None, Parameter(help=help_line, show_default=False)], field(default=None))
+        for name, help_line in knob_help().items()
+        if name != "model"
+    ],
+)
+
+
+def serve(
+    model: Annotated[str | None, Parameter(help=RunConfig.model_fields["model"].description)] = None,
+    *,
+    config: Annotated[Path | None, Parameter(help="TOML file of knobs; flags win over it.")] = None,
+    flags: Annotated[_Flags | None, Parameter(name="*")] = None,
+) -> int:
+    """Serve MODEL over HTTP: /v1/chat/completions, /v1/completions, /generate and the rest.
+
+    Stops on SIGTERM or Ctrl-C once unfinished answers are complete.
+    """
+    given = {} if flags is None else {k: v for k, v in vars(flags).items() if v is not None}
+    if model is not None:
+        given["model"] = model
+    return run_server(load_run_config(config, given))

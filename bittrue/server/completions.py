@@ -1,0 +1,291 @@
+"""POST /v1/completions: text or token ids in, raw text out."""
+
+import asyncio
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from bittrue.engine.types import SamplingParams, TokenEvent, TokenLogprob
+from bittrue.errors import InvalidRequest
+from bittrue.server.answers import json_response
+from bittrue.server.formats import grammar_of
+from bittrue.server.intake import read_body, while_connected
+from bittrue.server.models import check_model
+from bittrue.server.protocol import BodyDecoder, CompletionBody
+from bittrue.server.sampling import (
+    TokenLimits,
+    answer_tokens,
+    checked_prompt,
+    sampling_params,
+    with_derived_seeds,
+)
+from bittrue.server.sse import EventStream, data
+from bittrue.server.state import ServerState, state_of
+from bittrue.server.submission import Submission, submit
+from bittrue.server.text_stream import TextStream
+from bittrue.server.tokens import LONG_TEXT, finite, token_name
+from bittrue.server.usage import Usage, UsageTally
+from bittrue.text.detokenize import Detokenizer
+from bittrue.text.messages import parse_response_format
+from bittrue.text.tokenizer import Tokenizer
+
+_DEFAULT_MAX_TOKENS = 16  # OpenAI's
+_MAX_PROMPTS = 1024
+_DECODE = BodyDecoder(CompletionBody)
+
+
+class CompletionLogprobs(msgspec.Struct):
+    tokens: list[str] = []
+    token_logprobs: list[float | None] = []
+    top_logprobs: list[dict[str, float] | None] = []
+    text_offset: list[int] = []
+
+
+class CompletionChoice(msgspec.Struct):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+
+
+class Completion(msgspec.Struct):
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+
+
+async def completions(request: Request) -> Response:
+    """The endpoint."""
+    state = state_of(request)
+    body: CompletionBody = _DECODE(await read_body(request, state.config.max_body_bytes))
+    check_model(state, body.model)
+    prompts = await _prompts(state, body)
+    job = _job(state, body, prompts)
+    if body.stream:
+        renderer = _StreamRenderer(job, bool(body.stream_options and body.stream_options.include_usage))
+        return EventStream(job.submission.channel, renderer, keepalive_s=state.config.keepalive_s)
+    with job.submission.channel:
+        return json_response(await while_connected(request.receive, _whole(job)))
+
+
+# ---- the request ----
+
+
+async def _prompts(state: ServerState, body: CompletionBody) -> list[tuple[int, ...]]:
+    """The prompts of the body as token ids. Raises InvalidRequest, PromptTooLong."""
+    raw = body.prompt
+    if isinstance(raw, str) or (raw and all(type(item) is int for item in raw)):
+        entries: list[Any] = [raw]
+    else:
+        entries = list(raw)
+    if not 0 < len(entries) <= _MAX_PROMPTS:
+        raise InvalidRequest(f"prompt holds {len(entries)} prompts; send 1 to {_MAX_PROMPTS}", param="prompt")
+    prompts = []
+    for index, entry in enumerate(entries):
+        param = "prompt" if len(entries) == 1 else f"prompt[{index}]"
+        prompts.append(checked_prompt(state, await _token_ids(state, entry, param), param=param))
+    return prompts
+
+
+async def _token_ids(state: ServerState, entry: object, param: str) -> list[int]:
+    if isinstance(entry, str):
+        started_s = time.perf_counter()
+        if len(entry) > LONG_TEXT:
+            ids = await asyncio.to_thread(state.tokenizer.encode_text, entry)
+        else:
+            ids = state.tokenizer.encode_text(entry)
+        state.metrics.observe("bittrue_tokenize_seconds", time.perf_counter() - started_s)
+        return ids
+    if isinstance(entry, list) and all(type(item) is int and item >= 0 for item in entry):
+        return entry
+    raise InvalidRequest(f"{param} is neither text nor a list of token ids", param=param)
+
+
+@dataclass(slots=True)
+class _Job:
+    """One request on its way: what was asked, and the sequences that answer it."""
+
+    state: ServerState
+    body: CompletionBody
+    prompts: list[tuple[int, ...]]
+    params: SamplingParams
+    submission: Submission
+    usage: UsageTally
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def num_samples(self) -> int:
+        return self.body.n or 1
+
+    def new_choice(self, index: int) -> "_Choice":
+        return _Choice(self.state.tokenizer, self.params, self.prompts[index // self.num_samples], self.body)
+
+    def answer(self, kind: str, choices: list[CompletionChoice]) -> Completion:
+        return Completion(
+            id=self.submission.response_id,
+            object=kind,
+            created=self.created,
+            model=self.body.model,
+            system_fingerprint=self.state.weight_version,
+            choices=choices,
+        )
+
+
+def _job(state: ServerState, body: CompletionBody, prompts: list[tuple[int, ...]]) -> _Job:
+    num_samples = body.n or 1
+    if body.best_of is not None and body.best_of != num_samples:
+        raise InvalidRequest(
+            f"best_of must equal n ({num_samples}); ranking is not supported", param="best_of"
+        )
+    if body.max_tokens == 0 and not body.echo:
+        raise InvalidRequest(
+            "max_tokens is 0, which only a request with echo may ask for", param="max_tokens"
+        )
+    limits = TokenLimits(body.max_tokens, "max_tokens", _DEFAULT_MAX_TOKENS)
+    max_tokens = [answer_tokens(state, len(prompt), limits) for prompt in prompts]
+    params = sampling_params(
+        state, body, max_tokens=min(max_tokens), logprobs=body.logprobs, logprobs_param="logprobs"
+    )
+    grammar = grammar_of(state, parse_response_format(body.response_format), body.guided_regex)
+    params = msgspec.structs.replace(
+        params, grammar=grammar, prompt_logprobs=body.logprobs if body.echo else None
+    )
+    sequences = [
+        (prompt, msgspec.structs.replace(sample, max_tokens=limit))
+        for prompt, limit in zip(prompts, max_tokens, strict=True)
+        for sample in with_derived_seeds(params, num_samples)
+    ]
+    submission = submit(state, "cmpl", sequences, priority=body.priority or 0)
+    usage = UsageTally(sum(len(prompt) for prompt in prompts))
+    return _Job(state, body, prompts, params, submission, usage)
+
+
+# ---- the answer ----
+
+
+class _Choice:
+    """One sequence on its way to text and log-probabilities."""
+
+    __slots__ = ("_body", "_is_begun", "_offsets", "_prompt", "_text", "_tokenizer")
+
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, prompt: tuple[int, ...], body: CompletionBody
+    ) -> None:
+        self._tokenizer, self._prompt, self._body = tokenizer, prompt, body
+        self._text = TextStream(tokenizer, params)
+        self._offsets = _Offsets(tokenizer)
+        self._is_begun = False
+
+    def feed(self, event: TokenEvent) -> tuple[str, CompletionLogprobs | None]:
+        """Text and log-probabilities this event adds; with ``echo``, the first one brings the prompt's."""
+        text, logprobs = "", None
+        if self._body.logprobs is not None:
+            logprobs = CompletionLogprobs()
+        if self._body.echo and not self._is_begun:
+            text = self._tokenizer.decode(self._prompt)
+            if logprobs is not None:
+                known = event.prompt_logprobs or (None,) * len(self._prompt)
+                self._add(logprobs, zip(self._prompt, known, strict=True))
+        self._is_begun = True
+        if logprobs is not None:
+            self._add(logprobs, ((entry.token_id, entry) for entry in event.logprobs))
+        return text + self._text.feed(event), logprobs
+
+    def _add(self, into: CompletionLogprobs, tokens: Iterable[tuple[int, TokenLogprob | None]]) -> None:
+        for token_id, entry in tokens:
+            name = token_name(self._tokenizer, token_id)
+            into.tokens.append(name)
+            into.text_offset.append(self._offsets.advance(token_id))
+            into.token_logprobs.append(None if entry is None else finite(entry.logprob))
+            if entry is None:
+                into.top_logprobs.append(None)
+            else:
+                top = {token_name(self._tokenizer, rival): finite(value) for rival, value in entry.top}
+                top.setdefault(name, finite(entry.logprob))
+                into.top_logprobs.append(top)
+
+
+class _Offsets:
+    """Characters before each token."""
+
+    __slots__ = ("_detokenizer", "_num_characters")
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._detokenizer = Detokenizer(tokenizer, skip_special=False)
+        self._num_characters = 0
+
+    def advance(self, token_id: int) -> int:
+        start = self._num_characters
+        self._num_characters += len(self._detokenizer.feed((token_id,)))
+        return start
+
+
+async def _whole(job: _Job) -> Completion:
+    submission = job.submission
+    choices = [job.new_choice(index) for index in range(len(submission.index_of))]
+    answers = [CompletionChoice(index, "", None, None) for index in range(len(choices))]
+    while submission.channel.unfinished:
+        for event in await submission.channel.next_events():
+            index = submission.index(event)
+            job.usage.add(event, prompt_index=index // job.num_samples)
+            text, logprobs = choices[index].feed(event)
+            answer = answers[index]
+            answer.text += text
+            answer.finish_reason = event.finish_reason
+            if logprobs is not None:
+                answer.logprobs = _joined(answer.logprobs, logprobs)
+    completion = job.answer("text_completion", answers)
+    completion.usage = job.usage.total()
+    return completion
+
+
+def _joined(first: CompletionLogprobs | None, second: CompletionLogprobs) -> CompletionLogprobs:
+    if first is None:
+        return second
+    first.tokens += second.tokens
+    first.token_logprobs += second.token_logprobs
+    first.top_logprobs += second.top_logprobs
+    first.text_offset += second.text_offset
+    return first
+
+
+class _StreamRenderer:
+    """Events -> chunks. A chunk without text, log-probabilities or an end is not sent."""
+
+    def __init__(self, job: _Job, include_usage: bool) -> None:
+        self._job, self._include_usage = job, include_usage
+        self._choices: dict[int, _Choice] = {}
+        self._held: dict[int, CompletionLogprobs | None] = {}
+        self._chunk = job.answer("text_completion", [])
+        if include_usage:
+            self._chunk.usage = None
+
+    def feed(self, event: TokenEvent) -> Iterator[bytes]:
+        job = self._job
+        index = job.submission.index(event)
+        job.usage.add(event, prompt_index=index // job.num_samples)
+        choice = self._choices.get(index)
+        if choice is None:
+            choice = self._choices[index] = job.new_choice(index)
+        text, logprobs = choice.feed(event)
+        if logprobs is not None:
+            self._held[index] = logprobs = _joined(self._held.get(index), logprobs)
+        if text or event.finish_reason is not None:
+            self._held[index] = None
+            self._chunk.choices = [CompletionChoice(index, text, logprobs, event.finish_reason)]
+            yield data(self._chunk)
+
+    def end(self) -> Iterator[bytes]:
+        if self._include_usage:
+            self._chunk.choices = []
+            self._chunk.usage = self._job.usage.total()
+            yield data(self._chunk)

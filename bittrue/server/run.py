@@ -1,0 +1,146 @@
+"""Runs the server: binds the port, starts the engine process, serves, drains, and says how it ended."""
+
+import asyncio
+import contextlib
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+import uvloop
+
+from bittrue.config.run import RunConfig
+from bittrue.engine.supervisor import DEFAULT_FACTORY, EngineClient
+from bittrue.errors import ConfigError, Draining, EngineDied
+from bittrue.obs.log import Log
+from bittrue.obs.metrics import Metrics
+from bittrue.server.app import build_app
+from bittrue.server.state import ServerState
+from bittrue.text.codec import Codec
+from bittrue.text.grammar import GrammarCompiler
+from bittrue.text.tokenizer import Tokenizer
+
+_POLL_S = 0.05
+_CLOSE_S = 2  # streams that were told of the end get this long to be written out
+
+
+def run_server(config: RunConfig, *, factory: str = DEFAULT_FACTORY) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit code. Raises BittrueError when it cannot start.
+
+    Writes the resolved configuration, then one line per event, to stderr.
+    """
+    log = Log(sys.stderr, config.log_level)
+    log.info("config", **config.public())
+    listener = _bind(config)
+    with contextlib.closing(listener), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_serve(config, log, listener, factory))
+
+
+async def _serve(config: RunConfig, log: Log, listener: socket.socket, factory: str) -> int:
+    metrics = Metrics()
+    client = EngineClient(config, log, metrics, factory=factory)
+    try:
+        state = await _start(config, log, metrics, client)
+        server = Server(state, listener)
+        client.on_dead = server.engine_died
+        await server.serve(sockets=[listener])
+        return server.exit_code
+    finally:
+        await client.close()
+        log.info("stopped")
+
+
+async def _start(config: RunConfig, log: Log, metrics: Metrics, client: EngineClient) -> ServerState:
+    """The engine process and the tokenizer load side by side."""
+    starting = asyncio.create_task(client.start())
+    try:
+        tokenizer = await asyncio.to_thread(Tokenizer.from_file, Path(config.model) / "tokenizer.json")
+        ready = await starting
+    except BaseException:
+        # A directory that is no checkpoint fails on both sides: the engine's reason says more.
+        if starting.done() and starting.exception() is not None:
+            await starting
+        starting.cancel()
+        raise
+    grammars = await asyncio.to_thread(GrammarCompiler, tokenizer, ready.vocab_size)
+    created = int(time.time())
+    return ServerState(config, tokenizer, Codec(tokenizer), grammars, client, metrics, log, created)
+
+
+def _bind(config: RunConfig) -> socket.socket:
+    """Before the model loads: a port in use is told at once."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {config.host} port {config.port}: {error.strerror}; use another --port",
+            field="port",
+        ) from error
+    return listener
+
+
+class Server(uvicorn.Server):
+    """uvicorn with a drain: after SIGTERM or SIGINT no new request is taken and unfinished ones may end.
+
+    A second signal ends at once.
+    """
+
+    def __init__(self, state: ServerState, listener: socket.socket) -> None:
+        super().__init__(
+            uvicorn.Config(
+                build_app(state),
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_CLOSE_S,
+            )
+        )
+        self.exit_code = 0
+        self._state, self._listener = state, listener
+        self._draining: asyncio.Task[None] | None = None
+        self._wake: Callable[[], object] = lambda: None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        self._wake = lambda: loop.call_soon_threadsafe(self._begin_drain)
+        await super().startup(sockets)
+        host, port = self._listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        self._state.log.info("serving", url=f"http://{shown}:{port}", model=self._state.config.name)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._wake()
+
+    def engine_died(self, error: EngineDied) -> None:
+        """There will be no engine again: what is left to say is said, and the process ends with the error's code."""
+        self.exit_code = error.exit_code
+        self._begin_drain()
+
+    def _begin_drain(self) -> None:
+        if self._draining is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        state = self._state
+        state.is_draining = True
+        state.log.info("draining", active=state.num_active, timeout_s=state.config.drain_timeout_s)
+        deadline_s = time.monotonic() + state.config.drain_timeout_s
+        while state.num_active and time.monotonic() < deadline_s:
+            await asyncio.sleep(_POLL_S)
+        if state.num_active:
+            state.log.warning("drain_timeout", active=state.num_active)
+            late = Draining("the server ended before this request did; send it to another one")
+            state.client.fail_all(late)
+        self.should_exit = True

@@ -42,7 +42,7 @@ def make_runner(
     runner = build_runner(
         config,
         source_of(tensors),
-        ops or select("cpu"),
+        ops or select("cpu", threads=1),
         level=level,
         act=act,
         pages=pages,

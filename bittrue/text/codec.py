@@ -106,11 +106,12 @@ class Codec:
     def _render(self, messages: Sequence[ChatMessage], options: ChatOptions) -> _Pieces:
         """The pieces of the prompt; tasks and developer tools, which the recipe lacks, are spliced in."""
         mark = _unused_character(messages)
-        marked = [_with_mark(message, mark) for message in messages]
-        is_closed = options.ends_with_answer and not messages[-1].tool_calls
-        if is_closed:
+        marked = _with_marks(messages, mark)
+        if options.ends_with_answer:
             # The recipe takes a last assistant message for history and drops its reasoning, unless a prefix.
             marked[-1] = replace(marked[-1], content=marked[-1].content + mark, is_prefix=True)
+            if not options.thinking.is_enabled:
+                marked[-1] = replace(marked[-1], reasoning_content=None)
         carried = next((message.tools for message in messages if message.tools), ())
         conversation = _conversation(marked, options, carried or options.tools)
         pieces = self._pieces(conversation)
@@ -122,10 +123,8 @@ class Codec:
                 pieces = _splice_task(pieces, mark, message.task, is_thinking=options.thinking.is_enabled)
             elif message.tools:
                 pieces = _splice_text(pieces, mark, section)
-        if is_closed:
-            pieces = _splice_text(pieces, mark, [_Piece(EOS, True)])
-        elif options.ends_with_answer:
-            pieces = pieces[:-2]  # the opening of the next answer: <｜Assistant｜> and a thinking token
+        if options.ends_with_answer:
+            pieces = [*_splice_text(pieces, mark, []), _Piece(EOS, True)]
         return _merged(pieces)
 
     def _pieces(self, conversation: recipe.Conversation) -> _Pieces:
@@ -210,9 +209,16 @@ def _unused_character(messages: Sequence[ChatMessage]) -> str:
     return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
 
 
-def _with_mark(message: ChatMessage, mark: str) -> ChatMessage:
-    needs_mark = message.task is not None or message.tools
-    return replace(message, content=message.content + mark) if needs_mark else message
+def _with_marks(messages: Sequence[ChatMessage], mark: str) -> list[ChatMessage]:
+    """The messages with the mark where something is spliced in; the answer to a task loses its reasoning."""
+    marked = []
+    for index, message in enumerate(messages):
+        if message.task is not None or message.tools:
+            message = replace(message, content=message.content + mark)
+        if index > 0 and messages[index - 1].task is not None:
+            message = replace(message, reasoning_content=None)
+        marked.append(message)
+    return marked
 
 
 def _conversation(

@@ -13,7 +13,7 @@ _UNSUPPORTED_AT_TOP = ("anyOf", "oneOf", "allOf", "not", "$ref", "patternPropert
 
 
 def tool_block_lark(tools: Sequence[ToolDefinition], dsml: str, *, is_single: bool) -> str:
-    """A blank line and one tool block: every answer is a call. ``dsml`` refers to the marker token, <[id]>."""
+    """A blank line and one tool block: every answer is a call. ``dsml`` names the marker token, <[id]>."""
     return "\n".join([f'start: "\\n\\n<" {dsml} block_rest', *_rules(tools, dsml, is_single=is_single)])
 
 

@@ -24,8 +24,8 @@ _WHITESPACE = r"[ \n\r\t]{0,12}"
 class ToolGrammar:
     """Tool calls in DSML.
 
-    "required": one or more calls of any of the tools; "named": exactly one call of the only tool; "auto": free
-    text, then perhaps calls. ``is_single`` allows one call only.
+    "required": one or more calls of any of the tools; "named": exactly one call of the only tool; "auto":
+    free text, then perhaps calls. ``is_single`` allows one call only.
     """
 
     tools: tuple[ToolDefinition, ...]
@@ -36,8 +36,8 @@ class ToolGrammar:
 class GrammarCompiler:
     """Turns what a request asks for into grammar text, and grammar text into states. Threads may share it.
 
-    ``vocab_size`` is the number of logits where a model has more rows than the tokenizer has ids; the masks are
-    that long and the extra ids are never allowed.
+    ``vocab_size`` is the number of logits where a model has more rows than the tokenizer has ids; the masks
+    are that long and the extra ids are never allowed.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> None:

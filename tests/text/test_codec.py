@@ -105,6 +105,16 @@ def test_reasoning_after_the_last_user_turn_is_kept() -> None:
     assert "why A" not in text and text.endswith("<think>why B</think>B<｜end▁of▁sentence｜>")
 
 
+def test_a_transcript_may_end_with_a_call_or_an_empty_answer() -> None:
+    last = assistant("", "why", ToolCall("", "f", "{}"))
+    for thinking, opening in ((LOW, "<think>why</think>"), (ThinkingMode(), "</think>")):
+        text = encode([user("q"), last], thinking=thinking, ends_with_answer=True).text
+        assert f"<｜Assistant｜>{opening}\n\n<｜DSML｜tool_calls>" in text
+        assert text.endswith("</｜DSML｜tool_calls><｜end▁of▁sentence｜>")
+        text = encode([user("q"), assistant("", "why")], thinking=thinking, ends_with_answer=True).text
+        assert text.endswith(f"<｜Assistant｜>{opening}<｜end▁of▁sentence｜>")
+
+
 def test_adding_a_user_turn_rewrites_history_only_behind_the_last_opening() -> None:
     first = encode([user("a")], thinking=LOW)
     second = encode([user("a"), assistant("A", "why"), user("b")], thinking=LOW)
@@ -191,7 +201,7 @@ def test_tasks_replace_the_opening_of_the_answer(task: str) -> None:
     begin = "<｜begin▁of▁sentence｜><｜User｜>q"
     for thinking in (ThinkingMode(), LOW):
         assert encode([asked], thinking=thinking).text == f"{begin}<｜{task}｜>"
-        answered = encode([asked, assistant("A")], thinking=thinking, ends_with_answer=True).text
+        answered = encode([asked, assistant("A", "why")], thinking=thinking, ends_with_answer=True).text
         assert answered == f"{begin}<｜{task}｜>A<｜end▁of▁sentence｜>"
     prompt = encode([asked])
     assert prompt.token_ids[-1] == real_tokenizer().special_id(f"<｜{task}｜>")

@@ -21,6 +21,13 @@ def real_tokenizer() -> Tokenizer:
     return Tokenizer.from_file(real_tokenizer_path())
 
 
+@functools.cache
+def byte_ids() -> dict[int, int]:
+    """The id of the token of each single byte."""
+    pieces = real_tokenizer().all_token_bytes()
+    return {piece[0]: token_id for token_id, piece in enumerate(pieces) if len(piece) == 1}
+
+
 def golden_input(case: int) -> Any:
     return json.loads((GOLDEN / f"test_input_{case}.json").read_text(encoding="utf-8"))
 

@@ -41,7 +41,7 @@ def assert_same_rules(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     )
 
 
-def assert_within_noise(ours: Tensor, oracle: Tensor, exact: Tensor, *, factor: float = 3.0) -> None:
+def assert_within_noise(ours: Tensor, oracle: Tensor, exact: Tensor, *, factor: float = 5.0) -> None:
     """Deep checkpoints: no further from the float64 oracle than ``factor`` times the float32 oracle is."""
     noise, distance = mean_kl(exact, oracle), mean_kl(exact, ours)
     assert distance <= factor * noise, (

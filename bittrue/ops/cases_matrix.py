@@ -1,7 +1,7 @@
 """Cases of the matrix ops: linear, grouped_linear, swiglu, experts and the routers."""
 
 import math
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from bittrue.ops.ref.experts import swiglu
 from bittrue.ops.ref.linear import dequantize, linear
 
 WeightFormat = Literal["f32", "bf16", "fp8", "fp4"]
+FORMATS: Final[tuple[WeightFormat, ...]] = ("f32", "bf16", "fp8", "fp4")
 F32_UNIT = 2.0**-24  # half a unit in the last place of 1, as a share of it
 BF16_STEP = 2.0**-8  # two neighbouring bf16 values differ by at most this share
 WEIGHT_BYTES = {"f32": 4.0, "bf16": 2.0, "fp8": 1.0 + 1 / 128**2, "fp4": 0.5 + 1 / 32}
@@ -246,14 +247,14 @@ def hash_case(tokens: int, num_experts: int, k: int) -> Case:
 def matrix_cases() -> tuple[Case, ...]:
     """All cases of these ops: every format and dtype, tails of every kind, few rows and many."""
     f32, bf16 = torch.float32, torch.bfloat16
-    formats: tuple[WeightFormat, ...] = ("f32", "bf16", "fp8", "fp4")
-    products = [linear_case(9, 131, 320, form, act) for form in formats for act in (f32, bf16)]
-    products += [linear_case(3, 10, 42, form, f32) for form in formats]  # tails of lanes, blocks and tiles
+    products = [linear_case(9, 131, 320, form, act) for form in FORMATS for act in (f32, bf16)]
+    products += [linear_case(3, 10, 42, form, f32) for form in FORMATS]  # tails of lanes, blocks and tiles
     products += [linear_case(5, 7, 1, "f32", f32), linear_case(2, 300, 1000, "bf16", bf16, f32)]
     products += [linear_case(6, 64, 256, "fp8", f32, bf16), linear_case(0, 8, 16, "f32", f32)]
     grouped = [grouped_case(7, 3, 50, 96, "f32", f32), grouped_case(7, 3, 50, 96, "fp8", bf16)]
     grouped += [grouped_case(2, 4, 20, 64, "fp4", f32)]
     clamps = [swiglu_case(5, 77, act, weighted=weighted) for act in (f32, bf16) for weighted in (False, True)]
+    clamps.append(swiglu_case(64, 512, bf16, weighted=True))
     banks = [
         experts_case(9, 3, 6, 96, 40, "f32", f32, quantize=False),
         experts_case(9, 3, 6, 96, 40, "bf16", bf16, quantize=False),
@@ -265,5 +266,6 @@ def matrix_cases() -> tuple[Case, ...]:
     routes = [
         topk_case(11, 40, 6, kind, biased=b) for kind in ("random", "plateau", "far") for b in (False, True)
     ]
+    routes += [topk_case(70, 256, 6, "plateau", biased=True)]  # enough work for several threads
     routes += [topk_case(3, 5, 5, "random", biased=True), topk_case(4, 256, 6, "random", biased=True)]
     return (*products, *grouped, *clamps, *banks, *routes, hash_case(9, 40, 6), hash_case(0, 8, 2))

@@ -1,0 +1,74 @@
+"""`bittrue ops check`: every implementation of every op against its reference, as a table or as JSON."""
+
+import dataclasses
+import json
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from bittrue.errors import ConfigError
+from bittrue.ops.case import Case
+from bittrue.ops.cases import all_cases
+from bittrue.ops.check import CheckResult, check_case
+from bittrue.ops.contracts import OpTable
+from bittrue.ops.cpu.library import available_isas
+from bittrue.ops.dispatch import select
+from bittrue.ops.threads import set_threads
+
+
+def chosen_cases(op: str | None) -> tuple[Case, ...]:
+    """The cases of ``op``, or all of them. Raises ConfigError for an op that does not exist."""
+    if op is not None and op not in OpTable.op_names():
+        raise ConfigError(f"unknown op {op!r}: choose one of {', '.join(OpTable.op_names())}", field="op")
+    return tuple(case for case in all_cases() if op is None or case.op == op)
+
+
+def run_checks(cases: tuple[Case, ...], seed: int, stderr: Console) -> list[CheckResult]:
+    """Every implementation this machine can run over ``cases``, with a progress bar on stderr."""
+    reference = select("reference")
+    tables = [select("cpu", isa=isa) for isa in available_isas()]
+
+    def use_threads(threads: int) -> None:
+        set_threads(tables[-1], threads)
+
+    results: list[CheckResult] = []
+    for case in track(cases, "checking", console=stderr, transient=True):
+        results += check_case(case, reference, tables, use_threads, seed)
+    return results
+
+
+def print_table(results: list[CheckResult], console: Console) -> None:
+    """One line per implementation and case; a failure is followed by its first difference."""
+    table = Table("op", "case", "impl", "worst error", "allowed", "ok")
+    for r in results:
+        table.add_row(r.op, r.case, r.impl, f"{r.error:.2e}", f"{r.allowed:.2e}", "yes" if r.is_ok else "NO")
+        if r.detail:
+            table.add_row("", r.detail, "", "", "", "")
+    console.print(table)
+    failed = sum(not r.is_ok for r in results)
+    console.print(f"{len(results) - failed} of {len(results)} checks passed")
+
+
+def check(*, op: str | None = None, seed: int = 0, json_output: bool = False) -> int:
+    """Run every implementation of the ops over all cases against the reference.
+
+    Each is compared with the reference within the case's tolerance, with itself at 1 and 2 threads and for
+    rows alone, and with the other instruction sets, bit for bit. Exit code 0 when all pass, 1 when one does not.
+
+    Parameters
+    ----------
+    op
+        Only this op.
+    seed
+        Seed of the inputs.
+    json_output
+        Print one JSON document instead of the table.
+    """
+    results = run_checks(chosen_cases(op), seed, Console(stderr=True))
+    if json_output:
+        print(json.dumps([dataclasses.asdict(r) for r in results], indent=1))
+    else:
+        width = None if Console().is_terminal else 200
+        print_table(results, Console(width=width))
+    return 0 if all(r.is_ok for r in results) else 1

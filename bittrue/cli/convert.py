@@ -100,6 +100,4 @@ def _convert_files(
         opened = open_source(source, progress=read)
         if to == "hf":
             return to_hf(opened, out, max_shard_bytes=max_shard_bytes, progress=wrote)
-        return to_official(
-            opened, out, precision=precision, max_shard_bytes=max_shard_bytes, progress=wrote
-        )
+        return to_official(opened, out, precision=precision, max_shard_bytes=max_shard_bytes, progress=wrote)

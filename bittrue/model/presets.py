@@ -153,8 +153,8 @@ def make_checkpoint(
 ) -> Path:
     """Writes a random checkpoint in the published layout, into a new or empty directory, and returns that.
 
-    ``overrides`` replace fields of config.json by their published names. fp8 = FP8 everywhere (Base), fp4 = FP4
-    experts and FP8 elsewhere (instruct). Checkpoints of one preset and seed in different precisions hold
+    ``overrides`` replace fields of config.json by their published names. fp8 = FP8 everywhere (Base), fp4 =
+    FP4 experts and FP8 elsewhere (instruct). Checkpoints of one preset and seed in different precisions hold
     roundings of the same values. Raises UsageError for an unknown preset or precision, and
     UnsupportedModel for a bad override.
     """

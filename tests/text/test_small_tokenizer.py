@@ -35,7 +35,15 @@ def test_special_tokens_have_the_real_names_and_flags() -> None:
     tokenizer = Tokenizer.from_str(json.dumps(small))
     assert tokenizer.token_to_id("<｜begin▁of▁sentence｜>") == 0
     assert tokenizer.token_to_id("<｜end▁of▁sentence｜>") == 1
-    names = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "｜DSML｜", "<｜latest_reminder｜>", "<｜action｜>")
+    names = (
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<think>",
+        "</think>",
+        "｜DSML｜",
+        "<｜latest_reminder｜>",
+        "<｜action｜>",
+    )
     for name in names:
         assert tokenizer.encode(name, add_special_tokens=False).ids == [tokenizer.token_to_id(name)]
 

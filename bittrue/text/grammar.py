@@ -106,6 +106,7 @@ class GrammarState:
     def __init__(self, compiler: GrammarCompiler, grammar: str) -> None:
         self._compiler = compiler
         self._matcher = compiler.matcher(grammar)
+        self._is_ended = False
 
     def allowed_mask(self) -> Mask:
         """[V] bool: the ids that may come next; the end token exactly where the text so far is complete.
@@ -126,8 +127,18 @@ class GrammarState:
             raise InvalidRequest(f"the grammar does not allow token {token_id} here", param="grammar")
 
     def try_accept(self, token_ids: Sequence[int]) -> int:
-        """Advance by as many of the tokens as the grammar allows; says how many."""
-        return int(self._matcher.try_consume_tokens(list(token_ids)))
+        """Advance by as many of the tokens as the grammar allows; says how many. The end token is the last."""
+        if self._is_ended:
+            return 0
+        ids = list(token_ids)
+        end = self._compiler.eos_id
+        body = ids[: ids.index(end)] if end in ids else ids
+        count = int(self._matcher.try_consume_tokens(body)) if body else 0
+        if len(body) < len(ids) and count == len(body) and self.is_complete:
+            # The matcher of a grammar that cannot go on takes no token at all, not even the end.
+            self._is_ended = True
+            count += 1
+        return count
 
     @property
     def is_complete(self) -> bool:
@@ -139,6 +150,7 @@ class GrammarState:
         copy = object.__new__(GrammarState)
         copy._compiler = self._compiler
         copy._matcher = self._matcher.deep_copy()
+        copy._is_ended = self._is_ended
         return copy
 
     def _raise_on_error(self) -> None:

@@ -154,6 +154,13 @@ def test_arguments_that_are_not_an_object_become_one_parameter() -> None:
     assert '<｜DSML｜parameter name="arguments" string="true">oops</｜DSML｜parameter>' in text
 
 
+def test_history_integers_beyond_64_bits_render_as_the_recipe_renders_them() -> None:
+    text = encode(
+        [user("go"), assistant("", None, ToolCall("", "f", '{"n": 36893488147419103232}')), user("x")]
+    ).text
+    assert 'name="n" string="false">3.6893488147419103e19</' in text
+
+
 def test_tool_choice_none_hides_the_tools() -> None:
     assert "## Tools" in encode([user("q")], tools=(SEARCH,)).text
     assert "## Tools" in encode([user("q")], tools=(SEARCH,), tool_choice=ToolChoice("required")).text

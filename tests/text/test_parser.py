@@ -254,8 +254,8 @@ def test_every_byte_boundary_gives_the_same_answer(text: str, starts_in_reasonin
 
 
 FRAGMENTS = st.sampled_from(
-    ["a", "\n", "\n\n", "<", "</", ">", " ", '"', "😀", "中", DSML, THINK_END, THINK_START, EOS, "tool_calls>",
-     'invoke name="f">', "invoke>", 'parameter name="a" string="true">', 'parameter name="b" string="false">',
+    ["a", "\n", "\n\n", "<", "</", ">", " ", '"', "😀", "中", DSML, THINK_END, THINK_START, EOS,
+     "tool_calls>", 'invoke name="f">', "invoke>", 'parameter name="a" string="true">', 'parameter name="b" string="false">',
      "parameter>", OPEN, CLOSE, F_OPEN, F_CLOSE, parameter("a", "x"), parameter("b", "1", is_string=False),
      call(), GOOD]
 )  # fmt: skip
@@ -284,8 +284,13 @@ def test_nothing_is_lost_where_no_call_is_complete(fragments: list[str]) -> None
         assert answer.content == text
 
 
+# The recipe reads integers beyond 64 bits in a history's arguments as floats; test_codec pins that.
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )

@@ -9,6 +9,7 @@ from bittrue.config.formats import ACT_GROUP, FP4_GROUP, KV_GROUP, RowFormat
 from bittrue.ops.case import EXACT, Call, Case, Tolerance, generator, rows_alone, take_args
 
 TOKENS = (0, 1, 3, 17)
+MANY = 70  # rows of a hidden size that wake the second thread
 F32, BF16 = torch.float32, torch.bfloat16
 SHORT = {F32: "f32", BF16: "bf16"}
 BYTES = {F32: 4, BF16: 2}
@@ -80,6 +81,7 @@ def _norm() -> Iterator[Case]:
         for dim in (1, 7, 40, 4096):
             yield case((3, dim), dtype, F32)
         yield case((2, 3, 2, 24), dtype, F32)
+    yield case((MANY, 2048), BF16, BF16)
 
 
 def _positions(seed: int, tokens: int) -> Tensor:
@@ -130,6 +132,7 @@ def _rope() -> Iterator[Case]:
                 yield turn(tokens, 4, 512, 64, dtype, inverse)
             yield turn(17, 3, 64, 16, dtype, inverse)
             yield turn(3, 2, 70, 6, dtype, inverse)
+    yield turn(MANY, 4, 512, 64, BF16, False)
 
 
 def _quant() -> Iterator[Case]:
@@ -155,6 +158,9 @@ def _quant() -> Iterator[Case]:
             yield case("quant_fp4", 3, dim, dtype, FP4_GROUP)
         for n in (1, 2, 4, 8, 16, 32, 512):
             yield case("hadamard", 3, n, dtype)
+    yield case("quant_fp8", MANY, 2048, BF16, ACT_GROUP)
+    yield case("quant_fp4", MANY, 2048, BF16, FP4_GROUP)
+    yield case("hadamard", MANY, 2048, BF16)
 
 
 def _rows() -> Iterator[Case]:
@@ -189,11 +195,13 @@ def _rows() -> Iterator[Case]:
             yield unpack(tokens, fmt)
             yield pack(tokens, fmt, F32)
             yield pack(tokens, fmt, BF16)
+    yield unpack(4 * MANY, ROW_FORMATS[0])
+    yield pack(4 * MANY, ROW_FORMATS[0], BF16)
 
 
 HyperShape = tuple[int, int, int]  # tokens, streams, features
 HYPER_SHAPES: list[HyperShape] = [(t, 4, 64) for t in TOKENS]
-HYPER_SHAPES += [(5, 4, 100), (3, 2, 33), (6, 3, 16), (2, 4, 4096)]
+HYPER_SHAPES += [(5, 4, 100), (3, 2, 33), (6, 3, 16), (7, 4, 4096)]
 EPS = {"eps": 1e-6, "norm_eps": 1e-6}
 
 

@@ -106,12 +106,10 @@ class Codec:
     def _render(self, messages: Sequence[ChatMessage], options: ChatOptions) -> _Pieces:
         """The pieces of the prompt; tasks and developer tools, which the recipe lacks, are spliced in."""
         mark = _unused_character(messages)
-        marked = _with_marks(messages, mark)
+        marked = _with_marks(messages, mark, is_thinking=options.thinking.is_enabled)
         if options.ends_with_answer:
             # The recipe takes a last assistant message for history and drops its reasoning, unless a prefix.
             marked[-1] = replace(marked[-1], content=marked[-1].content + mark, is_prefix=True)
-            if not options.thinking.is_enabled:
-                marked[-1] = replace(marked[-1], reasoning_content=None)
         carried = next((message.tools for message in messages if message.tools), ())
         conversation = _conversation(marked, options, carried or options.tools)
         pieces = self._pieces(conversation)
@@ -209,14 +207,22 @@ def _unused_character(messages: Sequence[ChatMessage]) -> str:
     return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
 
 
-def _with_marks(messages: Sequence[ChatMessage], mark: str) -> list[ChatMessage]:
-    """The messages with the mark where something is spliced in; the answer to a task loses its reasoning."""
+def _with_marks(messages: Sequence[ChatMessage], mark: str, *, is_thinking: bool) -> list[ChatMessage]:
+    """The messages with the mark where something is spliced in, and with the reasoning their mode has.
+
+    As in the recipe's own request conversion: none in chat mode, empty where a thinking history lacks it. The
+    answer to a task has none.
+    """
     marked = []
     for index, message in enumerate(messages):
         if message.task is not None or message.tools:
             message = replace(message, content=message.content + mark)
-        if index > 0 and messages[index - 1].task is not None:
-            message = replace(message, reasoning_content=None)
+        if message.role == "assistant":
+            is_answer_to_task = index > 0 and messages[index - 1].task is not None
+            has_reasoning = is_thinking and not is_answer_to_task
+            message = replace(
+                message, reasoning_content=message.reasoning_content or "" if has_reasoning else None
+            )
         marked.append(message)
     return marked
 

@@ -127,7 +127,7 @@ class GrammarState:
             raise InvalidRequest(f"the grammar does not allow token {token_id} here", param="grammar")
 
     def try_accept(self, token_ids: Sequence[int]) -> int:
-        """Advance by as many of the tokens as the grammar allows; says how many. The end token is the last."""
+        """Advance by as many of the tokens as the grammar allows; says how many. The end token is last."""
         if self._is_ended:
             return 0
         ids = list(token_ids)

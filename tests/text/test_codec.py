@@ -115,6 +115,14 @@ def test_a_transcript_may_end_with_a_call_or_an_empty_answer() -> None:
         assert text.endswith(f"<｜Assistant｜>{opening}<｜end▁of▁sentence｜>")
 
 
+def test_reasoning_is_empty_where_a_thinking_history_lacks_it_and_absent_in_chat_mode() -> None:
+    turns = [user("a"), assistant("A"), user("b"), assistant("B", "why"), user("c")]
+    thinking = encode(turns, thinking=LOW, tools=(SEARCH,)).text
+    assert "<think></think>A<" in thinking and "<think>why</think>B<" in thinking
+    chat = encode(turns, tools=(SEARCH,)).text
+    assert "<｜Assistant｜></think>A<" in chat and "<｜Assistant｜></think>B<" in chat and "why" not in chat
+
+
 def test_adding_a_user_turn_rewrites_history_only_behind_the_last_opening() -> None:
     first = encode([user("a")], thinking=LOW)
     second = encode([user("a"), assistant("A", "why"), user("b")], thinking=LOW)
@@ -158,7 +166,7 @@ def test_history_integers_beyond_64_bits_render_as_the_recipe_renders_them() -> 
     text = encode(
         [user("go"), assistant("", None, ToolCall("", "f", '{"n": 36893488147419103232}')), user("x")]
     ).text
-    assert 'name="n" string="false">3.6893488147419103e19</' in text
+    assert 'name="n" string="false">3.6893488147419103e+19</' in text
 
 
 def test_tool_choice_none_hides_the_tools() -> None:

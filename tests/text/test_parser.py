@@ -255,9 +255,9 @@ def test_every_byte_boundary_gives_the_same_answer(text: str, starts_in_reasonin
 
 FRAGMENTS = st.sampled_from(
     ["a", "\n", "\n\n", "<", "</", ">", " ", '"', "😀", "中", DSML, THINK_END, THINK_START, EOS,
-     "tool_calls>", 'invoke name="f">', "invoke>", 'parameter name="a" string="true">', 'parameter name="b" string="false">',
-     "parameter>", OPEN, CLOSE, F_OPEN, F_CLOSE, parameter("a", "x"), parameter("b", "1", is_string=False),
-     call(), GOOD]
+     "tool_calls>", 'invoke name="f">', "invoke>", "parameter>", 'parameter name="a" string="true">',
+     'parameter name="b" string="false">', OPEN, CLOSE, F_OPEN, F_CLOSE, parameter("a", "x"),
+     parameter("b", "1", is_string=False), call(), GOOD]
 )  # fmt: skip
 
 

@@ -59,17 +59,9 @@ def convert(
             raise UsageError("with --random give one directory, the one to write, and official names")
         if random < 0:
             raise UsageError(f"--random is {random}; a seed must be at least 0")
-        overrides: dict[str, Any] = {} if vocab_size is None else {"vocab_size": vocab_size}
-        written = make_checkpoint(
-            preset,
-            random,
-            precision or "bf16",
-            first,
-            draft=draft,
-            max_shard_bytes=max_shard_bytes,
-            **overrides,
-        )
-        print(written)
+        sizes: dict[str, Any] = {} if vocab_size is None else {"vocab_size": vocab_size}
+        limits: dict[str, Any] = {"draft": draft, "max_shard_bytes": max_shard_bytes}
+        print(make_checkpoint(preset, random, precision or "bf16", first, **limits, **sizes))
         return
     if second is None:
         raise UsageError("give two directories, SOURCE and OUT, or --random SEED and OUT")

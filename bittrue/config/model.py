@@ -136,47 +136,49 @@ class ModelConfig:
         _refuse_other_models(raw)
         f.skip(_NOISE)
         f.fixed(_FIXED)
-        num_layers = f.int("num_hidden_layers")
+        num_layers = f.integer("num_hidden_layers")
         main, draft = _split_ratios(f.pop("compress_ratios"), num_layers)
         plain = _plain_format(f)
         dense, experts = _matrix_formats(f, plain)
         config = cls(
-            vocab_size=f.int("vocab_size"),
-            hidden_size=f.int("hidden_size"),
+            vocab_size=f.integer("vocab_size"),
+            hidden_size=f.integer("hidden_size"),
             num_layers=num_layers,
-            num_heads=f.int("num_attention_heads"),
-            head_dim=f.int("head_dim"),
-            rope_dim=f.int("qk_rope_head_dim"),
-            q_lora_rank=f.int("q_lora_rank"),
-            o_groups=f.int("o_groups"),
-            o_lora_rank=f.int("o_lora_rank"),
+            num_heads=f.integer("num_attention_heads"),
+            head_dim=f.integer("head_dim"),
+            rope_dim=f.integer("qk_rope_head_dim"),
+            q_lora_rank=f.integer("q_lora_rank"),
+            o_groups=f.integer("o_groups"),
+            o_lora_rank=f.integer("o_lora_rank"),
             compress_ratios=main,
             draft_ratios=draft,
-            window=f.int("sliding_window"),
-            index_num_heads=f.int("index_n_heads"),
-            index_head_dim=f.int("index_head_dim"),
-            index_topk=f.int("index_topk"),
-            num_experts=f.int("n_routed_experts"),
-            experts_per_token=f.int("num_experts_per_tok"),
+            window=f.integer("sliding_window"),
+            index_num_heads=f.integer("index_n_heads"),
+            index_head_dim=f.integer("index_head_dim"),
+            index_topk=f.integer("index_topk"),
+            num_experts=f.integer("n_routed_experts"),
+            experts_per_token=f.integer("num_experts_per_tok"),
             num_shared_experts=1,
-            moe_intermediate_size=f.int("moe_intermediate_size"),
-            routed_scale=f.float("routed_scaling_factor"),
-            num_hash_layers=f.int("num_hash_layers", least=0),
-            swiglu_limit=f.float("swiglu_limit"),
-            hc_mult=f.int("hc_mult"),
-            hc_iters=f.int("hc_sinkhorn_iters"),
-            hc_eps=f.float("hc_eps"),
-            norm_eps=f.float("rms_norm_eps"),
-            rope_theta=f.float("rope_theta"),
-            compress_rope_theta=f.float("compress_rope_theta"),
+            moe_intermediate_size=f.integer("moe_intermediate_size"),
+            routed_scale=f.number("routed_scaling_factor"),
+            num_hash_layers=f.integer("num_hash_layers", least=0),
+            swiglu_limit=f.number("swiglu_limit"),
+            hc_mult=f.integer("hc_mult"),
+            hc_iters=f.integer("hc_sinkhorn_iters"),
+            hc_eps=f.number("hc_eps"),
+            norm_eps=f.number("rms_norm_eps"),
+            rope_theta=f.number("rope_theta"),
+            compress_rope_theta=f.number("compress_rope_theta"),
             yarn=_yarn(f.pop("rope_scaling", None)),
-            max_positions=f.int("max_position_embeddings"),
-            bos_id=f.int("bos_token_id", least=0),
-            eos_id=f.int("eos_token_id", least=0),
+            max_positions=f.integer("max_position_embeddings"),
+            bos_id=f.integer("bos_token_id", least=0),
+            eos_id=f.integer("eos_token_id", least=0),
             plain_format=plain,
             dense_format=dense,
             expert_format=experts,
-            num_mtp=f.int("num_nextn_predict_layers", least=0) if f.has("num_nextn_predict_layers") else 0,
+            num_mtp=f.integer("num_nextn_predict_layers", least=0)
+            if f.has("num_nextn_predict_layers")
+            else 0,
             dspark=_dspark(f, num_layers),
         )
         f.end()
@@ -299,13 +301,13 @@ class _Fields:
             if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
                 raise _refused(self._prefix + name, value, f"only {allowed[-1]!r} is implemented")
 
-    def int(self, name: str, *, least: int = 1) -> int:
+    def integer(self, name: str, *, least: int = 1) -> int:
         value = self.pop(name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise _refused(self._prefix + name, value, f"must be an integer of at least {least}")
         return value
 
-    def float(self, name: str) -> float:
+    def number(self, name: str) -> float:
         value = self.pop(name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value) or value <= 0:
@@ -396,10 +398,10 @@ def _yarn(value: object) -> Yarn | None:
         f.pop("rope_type")
     f.fixed(_FIXED_YARN)
     yarn = Yarn(
-        factor=f.float("factor"),
-        beta_fast=f.float("beta_fast") if f.has("beta_fast") else 32.0,
-        beta_slow=f.float("beta_slow") if f.has("beta_slow") else 1.0,
-        original_max_positions=f.int("original_max_position_embeddings"),
+        factor=f.number("factor"),
+        beta_fast=f.number("beta_fast") if f.has("beta_fast") else 32.0,
+        beta_slow=f.number("beta_slow") if f.has("beta_slow") else 1.0,
+        original_max_positions=f.integer("original_max_position_embeddings"),
     )
     f.end()
     return yarn
@@ -413,10 +415,10 @@ def _dspark(f: _Fields, num_layers: int) -> DSpark | None:
     if not is_list or not all(0 <= t < num_layers for t in targets):
         raise _refused("dspark_target_layer_ids", targets, f"must list layers below {num_layers}")
     return DSpark(
-        block_size=f.int("dspark_block_size"),
-        noise_token_id=f.int("dspark_noise_token_id", least=0),
+        block_size=f.integer("dspark_block_size"),
+        noise_token_id=f.integer("dspark_noise_token_id", least=0),
         target_layer_ids=tuple(targets),
-        markov_rank=f.int("dspark_markov_rank"),
+        markov_rank=f.integer("dspark_markov_rank"),
     )
 
 

@@ -65,9 +65,9 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Opens a checkpoint: config.json and model.safetensors or its shards. Copies nothing.
 
-    Names, shapes and dtypes are always checked against the config. ``verify`` also reads every byte once and
-    refuses NaN, infinity and expert ids out of range; pass False for a checkpoint far larger than memory that
-    was checked before. Raises CheckpointError naming file and tensor, or UnsupportedModel.
+    Names, shapes and dtypes are always checked against the config. ``verify`` also reads every value once
+    and refuses NaN, infinity and expert ids out of range; pass False for a checkpoint far larger than memory
+    that was checked before. Raises CheckpointError naming file and tensor, or UnsupportedModel.
     """
     root = Path(directory)
     if not root.is_dir():

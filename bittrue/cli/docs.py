@@ -44,8 +44,8 @@ def docs(
 ) -> int:
     """Write cli.md, config.md and metrics.md from the program, or check that they are current."""
     stale = []
-    for name, text in pages().items():
-        path = folder / name
+    for name, page in PAGES.items():
+        path, text = folder / name, page()
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue
         stale.append(name)
@@ -55,11 +55,6 @@ def docs(
     for name in stale:
         sys.stdout.write(f"{folder / name}: {'differs' if check else 'written'}\n")
     return 1 if check and stale else 0
-
-
-def pages() -> dict[str, str]:
-    """File name -> text of every generated page."""
-    return {"cli.md": cli_page(), "config.md": config_page(), "metrics.md": metrics_page()}
 
 
 def cli_page() -> str:
@@ -97,3 +92,6 @@ def _default(value: object) -> str:
     if isinstance(value, bool):
         return "`true`" if value else "`false`"
     return f"`{value}`" if value != "" else "none"
+
+
+PAGES = {"cli.md": cli_page, "config.md": config_page, "metrics.md": metrics_page}

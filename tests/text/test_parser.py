@@ -6,7 +6,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_support import byte_ids, real_tokenizer
+from text_support import byte_ids, golden_input, golden_output, real_tokenizer
 
 from bittrue.text.codec import ChatOptions, Codec
 from bittrue.text.messages import ChatMessage, ThinkingMode, ToolCall
@@ -96,6 +96,17 @@ def test_reasoning_content_and_calls_are_told_apart() -> None:
     assert json.loads(first.arguments) == {"s": 'a "b" </x> \\n\n中😀', "n": [1, 2.5]}
     assert first.arguments.endswith('"n": [1, 2.50]}')
     assert (second.name, second.arguments) == ("f", "{}")
+
+
+def test_the_turns_of_the_golden_case_are_parsed_back() -> None:
+    wanted = [m for m in golden_input(1)["messages"] if m["role"] == "assistant"]
+    turns = golden_output(1).split("<｜Assistant｜><think>")[1:]
+    for message, turn in zip(wanted, turns, strict=True):
+        answer = parse(tokens(turn.split("<｜User｜>")[0]), starts_in_reasoning=True)
+        assert answer.reasoning == message["reasoning_content"]
+        assert answer.content == message.get("content", "")
+        calls = [c["function"] for c in message.get("tool_calls", [])]
+        assert [{"name": c.name, "arguments": c.arguments} for c in answer.tool_calls] == calls
 
 
 def test_without_reasoning_all_is_content() -> None:

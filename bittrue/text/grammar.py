@@ -101,29 +101,32 @@ class GrammarCompiler:
 
 
 class GrammarState:
-    """Where one sequence stands in its grammar."""
+    """Where one sequence stands in its grammar.
+
+    A grammar can turn out to exceed the limits only while it is followed (a regular expression may need too
+    many states). That never raises into the engine's step, where other sequences run: ``error`` tells it, and
+    from then on only the end token is allowed.
+    """
 
     def __init__(self, compiler: GrammarCompiler, grammar: str) -> None:
-        self._compiler = compiler
+        self.compiler = compiler
         self._matcher = compiler.matcher(grammar)
         self._is_ended = False
 
     def allowed_mask(self) -> Mask:
-        """[V] bool: the ids that may come next; the end token exactly where the text so far is complete.
-
-        Raises InvalidRequest when the grammar exceeds the engine's limits on this text.
-        """
+        """[V] bool: the ids that may come next; the end token exactly where the text so far is complete."""
         packed = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        self._raise_on_error()
-        size = self._compiler.ll_tokenizer.vocab_size
-        mask = np.zeros(self._compiler.vocab_size, dtype=np.bool_)
+        mask = np.zeros(self.compiler.vocab_size, dtype=np.bool_)
+        if self._matcher.is_error():
+            mask[self.compiler.eos_id] = True
+            return mask
+        size = self.compiler.ll_tokenizer.vocab_size
         mask[:size] = np.unpackbits(packed, count=size, bitorder="little").view(np.bool_)[: mask.size]
         return mask
 
     def accept(self, token_id: int) -> None:
         """Advance by one token. Raises InvalidRequest when the grammar does not allow it."""
-        if self.try_accept([token_id]) != 1:
-            self._raise_on_error()
+        if self.try_accept([token_id]) != 1 and self.error is None:
             raise InvalidRequest(f"the grammar does not allow token {token_id} here", param="grammar")
 
     def try_accept(self, token_ids: Sequence[int]) -> int:
@@ -131,7 +134,7 @@ class GrammarState:
         if self._is_ended:
             return 0
         ids = list(token_ids)
-        end = self._compiler.eos_id
+        end = self.compiler.eos_id
         body = ids[: ids.index(end)] if end in ids else ids
         count = int(self._matcher.try_consume_tokens(body)) if body else 0
         if len(body) < len(ids) and count == len(body) and self.is_complete:
@@ -145,18 +148,20 @@ class GrammarState:
         """True when the text so far satisfies the grammar."""
         return bool(self._matcher.is_accepting())
 
+    @property
+    def error(self) -> str | None:
+        """Why the grammar cannot be followed further, for the answer's error; None while it can."""
+        if not self._matcher.is_error():
+            return None
+        return f"the grammar cannot be followed further: {_short(self._matcher.get_error())}"
+
     def clone(self) -> "GrammarState":
         """An independent copy at the same place."""
         copy = object.__new__(GrammarState)
-        copy._compiler = self._compiler
+        copy.compiler = self.compiler
         copy._matcher = self._matcher.deep_copy()
         copy._is_ended = self._is_ended
         return copy
-
-    def _raise_on_error(self) -> None:
-        if self._matcher.is_error():
-            message = f"the grammar cannot be followed further: {_short(self._matcher.get_error())}"
-            raise InvalidRequest(message, param="grammar", code="grammar_too_complex")
 
 
 class DelayedGrammar:
@@ -181,12 +186,17 @@ class DelayedGrammar:
         """True when the grammar has begun and is satisfied."""
         return not self._is_waiting and self._state.is_complete
 
+    @property
+    def error(self) -> str | None:
+        """Why the grammar cannot be followed further; None while it can."""
+        return self._state.error
+
     def allowed_mask(self) -> Mask:
         """[V] bool: the ids that may come next."""
         if not self._is_waiting:
             return self._state.allowed_mask()
-        mask = np.ones(self._state._compiler.vocab_size, dtype=np.bool_)
-        mask[self._state._compiler.eos_id] = False
+        mask = np.ones(self._state.compiler.vocab_size, dtype=np.bool_)
+        mask[self._state.compiler.eos_id] = False
         return mask
 
     def accept(self, token_id: int) -> None:
@@ -225,4 +235,5 @@ def _json_grammar(schema: Mapping[str, Any]) -> str:
 
 
 def _short(message: str) -> str:
+    message = message.split("\n", 1)[0]
     return message if len(message) <= 300 else message[:300] + " ..."

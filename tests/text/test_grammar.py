@@ -236,6 +236,19 @@ def test_a_forbidden_token_is_refused_and_replay_stops_before_it() -> None:
     assert GrammarState(compiler(), grammar).try_accept([a, b, b, c, b]) == 3
 
 
+def test_a_grammar_that_grows_too_complex_ends_its_own_answer_only() -> None:
+    tok = real_tokenizer()
+    grammar = compiler().compile(ResponseFormat("regex", pattern="(.*a.{0,300}){0,300}")) or ""
+    state = DelayedGrammar(GrammarState(compiler(), grammar))
+    assert state.error is None
+    for token_id in tok.encode_text("a b c aaa foo bar " * 30):
+        if not state.allowed_mask()[token_id]:
+            break
+        state.accept(token_id)
+    assert state.error is not None and "grammar" in state.error
+    assert np.flatnonzero(state.allowed_mask()).tolist() == [tok.eos_id]
+
+
 def test_a_clone_goes_its_own_way() -> None:
     tok = real_tokenizer()
     state = GrammarState(compiler(), compiler().compile(ResponseFormat("regex", pattern="ab|cd")) or "")

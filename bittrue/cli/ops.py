@@ -54,7 +54,7 @@ def check(*, op: str | None = None, seed: int = 0, json_output: bool = False) ->
     """Run every implementation of the ops over all cases against the reference.
 
     Each is compared with the reference within the case's tolerance, with itself at 1 and 2 threads and for
-    rows alone, and with the other instruction sets, bit for bit. Exit code 0 when all pass, 1 when one does not.
+    rows alone, and with the other instruction sets, bit for bit. Exit code 0 when all pass, else 1.
 
     Parameters
     ----------

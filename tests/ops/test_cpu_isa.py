@@ -22,7 +22,8 @@ from bittrue.ops.cpu.library import (
 
 FUNCTIONS = {
     "exp": 0, "log": 1, "log1p": 2, "softplus": 3, "sigmoid": 4, "fma": 5, "max": 6, "min": 7, "select": 8,
-    "hsum": 9, "hmax": 10, "fp8_round": 11, "fp4_round": 12, "lanes": 13, "blend": 14, "copysign": 15, "div": 16,
+    "hsum": 9, "hmax": 10, "fp8_round": 11, "fp4_round": 12, "lanes": 13, "blend": 14, "copysign": 15,
+    "div": 16,
 }  # fmt: skip
 
 

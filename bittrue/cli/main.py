@@ -9,13 +9,15 @@ from cyclopts import App, CycloptsError
 
 from bittrue.errors import BittrueError
 
-# verb -> where it is (imported only when it runs: help needs no torch) and its line of help.
+# [group] verb -> where it is (imported only when it runs: help needs no torch), and its line of help.
 VERBS = {
     "serve": ("bittrue.cli.serve:serve", "Serve a checkpoint over HTTP."),
     "verify": ("bittrue.cli.verify:verify", "Check the laws on a checkpoint and this machine."),
     "convert": ("bittrue.cli.convert:convert", "Convert checkpoints, or make a small random one."),
-    "ops": ("bittrue.cli.ops:app", "Check every kernel against the reference."),
+    "ops check": ("bittrue.cli.ops:check", "Check every kernel against the reference."),
+    "docs": ("bittrue.cli.docs:docs", "Write the pages of docs/ the program itself knows."),
 }
+_GROUP_HELP = {"ops": "Look at the arithmetic by itself."}
 EXIT_USAGE = 2
 _EXIT_INTERRUPTED = 130
 
@@ -26,8 +28,16 @@ def build_app() -> App:
         help="Serve DeepSeek-V4 so that every fast path returns exactly the bits of the slow path.",
         version=_version,
     )
-    for verb, (target, help_line) in VERBS.items():
-        app.command(target, name=verb, help=help_line)
+    groups: dict[str, App] = {}
+    for words, (target, help_line) in VERBS.items():
+        *group, verb = words.split()
+        place = app
+        for name in group:
+            if name not in groups:
+                groups[name] = App(name=name, help=_GROUP_HELP[name])
+                app.command(groups[name])
+            place = groups[name]
+        place.command(target, name=verb, help=help_line)
     return app
 
 

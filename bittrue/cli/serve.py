@@ -18,20 +18,22 @@ _Flags: Any = make_dataclass(
         for name, help_line in knob_help().items()
         if name != "model"
     ],
+    namespace={"__module__": __name__},  # a class of this file: the flags of others are not flattened
 )
+_NO_FLAGS = _Flags()
 
 
 def serve(
     model: Annotated[str | None, Parameter(help=RunConfig.model_fields["model"].description)] = None,
     *,
     config: Annotated[Path | None, Parameter(help="TOML file of knobs; flags win over it.")] = None,
-    flags: Annotated[_Flags | None, Parameter(name="*")] = None,
+    flags: Annotated[_Flags, Parameter(name="*")] = _NO_FLAGS,
 ) -> int:
     """Serve MODEL over HTTP: /v1/chat/completions, /v1/completions, /generate and the rest.
 
     Stops on SIGTERM or Ctrl-C once unfinished answers are complete.
     """
-    given = {} if flags is None else {k: v for k, v in vars(flags).items() if v is not None}
+    given = {knob: value for knob, value in vars(flags).items() if value is not None}
     if model is not None:
         given["model"] = model
     return run_server(load_run_config(config, given))

@@ -9,7 +9,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 from bittrue.config.load import run_config_from_json
@@ -30,7 +29,7 @@ from bittrue.engine.wire import (
     frame,
     refusal,
 )
-from bittrue.errors import BittrueError, ConfigError, EngineDied
+from bittrue.errors import BittrueError, EngineDied
 
 EXIT_REFUSED = 2  # the engine could not be built; the reason was sent
 EXIT_CRASHED = 70  # an unforeseen error; its traceback is on stderr
@@ -115,8 +114,6 @@ def _build(hello: Hello) -> ServedEngine:
     config = run_config_from_json(hello.run_config)
     module_name, _, attribute = hello.factory.partition(":")
     factory: EngineFactory = getattr(importlib.import_module(module_name), attribute)
-    if not Path(config.model).is_dir():
-        raise ConfigError(f"model: {config.model} is not a directory", field="model")
     return factory(config.model, config)
 
 

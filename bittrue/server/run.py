@@ -34,6 +34,8 @@ def run_server(config: RunConfig, *, factory: str = DEFAULT_FACTORY) -> int:
     """
     log = Log(sys.stderr, config.log_level)
     log.info("config", **config.public())
+    if not Path(config.model).is_dir():
+        raise ConfigError(f"model: {config.model} is not a directory; give a checkpoint's", field="model")
     listener = _bind(config)
     with contextlib.closing(listener), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(config, log, listener, factory))
@@ -79,10 +81,8 @@ def _bind(config: RunConfig) -> socket.socket:
         listener.bind((config.host, config.port))
     except OSError as error:
         listener.close()
-        raise ConfigError(
-            f"cannot listen on {config.host} port {config.port}: {error.strerror}; use another --port",
-            field="port",
-        ) from error
+        message = f"cannot listen on {config.host} port {config.port}: {error.strerror}; use another --port"
+        raise ConfigError(message, field="port") from error
     return listener
 
 
@@ -122,7 +122,7 @@ class Server(uvicorn.Server):
         self._wake()
 
     def engine_died(self, error: EngineDied) -> None:
-        """There will be no engine again: what is left to say is said, and the process ends with the error's code."""
+        """There will be no engine again: what is left to say is said, then the process ends."""
         self.exit_code = error.exit_code
         self._begin_drain()
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,7 +41,7 @@ except BittrueError as error:
 def write_model(directory: Path, *, replies: dict[str, str] | None = None, **options: Any) -> Tokenizer:
     """A stand-in model directory. ``replies``: prompt text -> answer text, where the markers ``</think>`` and
     DSML become the special tokens."""
-    document = small_tokenizer_json(VOCAB_SIZE)
+    document = _tokenizer_json()
     (directory / "tokenizer.json").write_text(document)
     tokenizer = Tokenizer(document.encode(), source="small")
     texts = replies or {}
@@ -55,6 +56,11 @@ def write_model(directory: Path, *, replies: dict[str, str] | None = None, **opt
     }
     StandinOptions(**{**values, **options}).save(directory)
     return tokenizer
+
+
+@cache
+def _tokenizer_json() -> str:
+    return small_tokenizer_json(VOCAB_SIZE)
 
 
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -82,7 +88,7 @@ class LiveServer:
             assert self.process.poll() is None, "".join(self.log)
             assert time.monotonic() < deadline, "".join(self.log)
             time.sleep(0.01)
-        self.http = httpx.Client(base_url=self.url, timeout=30)
+        self.http = httpx.Client(base_url=self.url, timeout=30, verify=False)
         return self
 
     def start(self) -> None:

@@ -138,8 +138,12 @@ class NgramEngine:
         request = live.request
         if any(token in request.prompt for token in self.config.crash_on):
             os._exit(9)
-        token = self._next(live)
-        reason, match = self._append(live, token)
+        tokens: tuple[int, ...] = ()
+        reason: FinishReason | None = "length"
+        match: str | int | None = None
+        if request.params.max_tokens > 0:
+            tokens = (self._next(live),)
+            reason, match = self._append(live, tokens[0])
         is_first, live.has_reported_prompt = not live.has_reported_prompt, True
         num_top, num_prompt_top = request.params.logprobs, request.params.prompt_logprobs
         prompt_logprobs = None
@@ -148,8 +152,8 @@ class NgramEngine:
             prompt_logprobs = (None, *(self._logprob(token_id, num_prompt_top) for token_id in rest))
         return TokenEvent(
             request_id=request.request_id,
-            token_ids=(token,),
-            logprobs=() if num_top is None else (self._logprob(token, num_top),),
+            token_ids=tokens,
+            logprobs=() if num_top is None else tuple(self._logprob(token, num_top) for token in tokens),
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_match=match,

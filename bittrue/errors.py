@@ -2,16 +2,16 @@
 
     BittrueError
     ├── UsageError            the caller asked for something that cannot be        -> HTTP 400, exit 2
-    │   ├── InvalidRequest    a field has a wrong name, type or value              -> HTTP 400, names the field
-    │   ├── PromptTooLong     prompt (plus output) exceeds the context             -> HTTP 400, both numbers
-    │   └── ConfigError       a run knob or a config.json field is unknown or out of range
+    │   ├── InvalidRequest    a field has a wrong name, type or value              -> HTTP 400, names the
+    field │   ├── PromptTooLong     prompt (plus output) exceeds the context             -> HTTP 400, both
+    numbers │   └── ConfigError       a run knob or a config.json field is unknown or out of range
     │       └── UnsupportedModel   config.json describes a model this program does not run
     ├── CheckpointError       a checkpoint file is missing, corrupt or does not match its config -> exit 2
     ├── BackendUnavailable    the chosen backend cannot run here                   -> exit 2
     ├── QueueFull             too many requests wait                               -> HTTP 429
     ├── Draining              the server is shutting down                          -> HTTP 503
-    ├── HttpRefused           refused at the HTTP boundary: key, path, model, size -> HTTP 401, 404, 405, 408, 413
-    └── EngineDied            the engine process ended and could not be restarted  -> HTTP 500
+    ├── HttpRefused           refused at the HTTP boundary: key, path, model, size -> HTTP 401, 404, 405,
+    408, 413 └── EngineDied            the engine process ended and could not be restarted  -> HTTP 500
 """
 
 
@@ -31,7 +31,8 @@ class UsageError(BittrueError):
 
 
 class InvalidRequest(UsageError):
-    """A request field has a wrong name, type or value. ``param`` is the field's path, e.g. ``messages[0].role``."""
+    """A request field has a wrong name, type or value. ``param`` is the field's path, e.g.
+    ``messages[0].role``."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str = "invalid_request") -> None:
         super().__init__(message)

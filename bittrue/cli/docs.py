@@ -1,11 +1,13 @@
-"""`bittrue docs`: writes the pages of docs/ that the program itself knows: verbs, knobs and metrics."""
+"""`bittrue docs`: writes the pages of docs/ that the program itself knows: verbs, knobs, metrics, errors."""
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from bittrue import errors
 from bittrue.cli.main import build_app
 from bittrue.config.run import RunConfig, knob_help
 from bittrue.obs.metrics import METRICS
@@ -35,6 +37,16 @@ What `/metrics` reports, in the Prometheus text format. Counters end in `_total`
 | metric | kind | labels | meaning |
 |---|---|---|---|
 """
+_ERRORS_HEAD = """\
+# Errors
+
+Every failure a caller can meet. The message states the fact and the remedy. A server answers with the
+status and the code in OpenAI's error shape (single errors may carry their own); a command ends with the
+exit code.
+
+| error | HTTP status | code | exit code | meaning |
+|---|---|---|---|---|
+"""
 
 
 def docs(
@@ -42,7 +54,7 @@ def docs(
     *,
     check: Annotated[bool, Parameter(help="Write nothing; exit 1 if a page differs.", negative="")] = False,
 ) -> int:
-    """Write cli.md, config.md and metrics.md from the program, or check that they are current."""
+    """Write the pages that the program itself knows, or check that they are current."""
     stale = []
     for name, page in PAGES.items():
         path, text = folder / name, page()
@@ -77,6 +89,16 @@ def metrics_page() -> str:
     return _METRICS_HEAD + "".join(rows)
 
 
+def errors_page() -> str:
+    rows = []
+    for name, member in inspect.getmembers(errors, inspect.isclass):
+        if issubclass(member, errors.BittrueError):
+            meaning = (inspect.getdoc(member) or "").splitlines()[0]
+            row = (f"`{name}`", str(member.status), f"`{member.code}`", str(member.exit_code), meaning)
+            rows.append(_row(*row))
+    return _ERRORS_HEAD + "".join(rows)
+
+
 def _row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
@@ -94,4 +116,4 @@ def _default(value: object) -> str:
     return f"`{value}`" if value != "" else "none"
 
 
-PAGES = {"cli.md": cli_page, "config.md": config_page, "metrics.md": metrics_page}
+PAGES = {"cli.md": cli_page, "config.md": config_page, "metrics.md": metrics_page, "errors.md": errors_page}

@@ -27,7 +27,8 @@ def verify(
     seed: Annotated[int, Parameter(help="Seed of prompts, chunks and batches.")] = 0,
     json: Annotated[bool, Parameter(help="Print one JSON document instead of a table.")] = False,
 ) -> int:
-    """Check that chunking (L1), batching (L2) and threads (L8) change no bit of MODEL's output on this machine.
+    """Check that chunking (L1), batching (L2) and threads (L8) change no bit of MODEL's output on this
+    machine.
 
     Exit code 0: every law holds; 1: one does not.
     """
@@ -35,7 +36,10 @@ def verify(
     engine = Engine(model, load_run_config(None, flags))
     story = Console(stderr=True)
     facts = engine.fingerprint()
-    story.print(f"{model}: level {facts['level']}, activations {facts['act']}, {facts['backend']} ops", highlight=False)
+    story.print(
+        f"{model}: level {facts['level']}, activations {facts['act']}, {facts['backend']} ops",
+        highlight=False,
+    )
     if selection_length(engine) > max_tokens:
         story.print(
             f"note: the index of this model leaves rows out only beyond {selection_length(engine)} tokens; "

@@ -1,4 +1,5 @@
-"""How one vector is stored as bytes: the arithmetic shared by the ledger, the pools and the kernels (no torch)."""
+"""How one vector is stored as bytes: the arithmetic shared by the ledger, the pools and the kernels (no
+torch)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,10 +22,10 @@ class RowFormat:
     """One stored vector of ``dim`` features.
 
     kind f32 / bf16: plain little-endian values.
-    kind fp8: a KV row (spec 3.1): ``dim - rope_dim`` E4M3 bytes, then ``rope_dim`` bf16 values, then one ue8m0
-    scale byte per group of 64 of the first part, zero-padded to a multiple of 8 bytes (512/64 -> 584 B).
-    kind fp4: an index key: ``dim / 2`` bytes of E2M1 pairs (low nibble first), then one ue8m0 scale byte per
-    group of 32 (128 -> 68 B). ``rope_dim`` is 0.
+    kind fp8: a KV row (spec 3.1): ``dim - rope_dim`` E4M3 bytes, then ``rope_dim`` bf16 values, then one
+    ue8m0 scale byte per group of 64 of the first part, zero-padded to a multiple of 8 bytes (512/64 -> 584
+    B). kind fp4: an index key: ``dim / 2`` bytes of E2M1 pairs (low nibble first), then one ue8m0 scale
+    byte per group of 32 (128 -> 68 B). ``rope_dim`` is 0.
     """
 
     kind: Literal["f32", "bf16", "fp8", "fp4"]

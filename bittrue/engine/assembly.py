@@ -1,4 +1,5 @@
-"""Builds what an engine runs on from a checkpoint directory and a RunConfig: everything that is chosen once."""
+"""Builds what an engine runs on from a checkpoint directory and a RunConfig: everything that is chosen
+once."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ def assemble(run: RunConfig, *, progress: Progress | None = None) -> Assembly:
     Raises ConfigError, CheckpointError, BackendUnavailable.
     """
     if run.device != "cpu":
-        raise BackendUnavailable(f"device {run.device!r} is not available: this build runs on the CPU; use --device cpu")
+        raise BackendUnavailable(
+            f"device {run.device!r} is not available: this build runs on the CPU; use --device cpu"
+        )
     directory = Path(run.model)
     checkpoint = load_checkpoint(directory, progress=progress)
     config = checkpoint.config
@@ -74,7 +77,7 @@ def assemble(run: RunConfig, *, progress: Progress | None = None) -> Assembly:
         num_slots=num_slots,
         max_context=max_context,
         tokenizer=tokenizer,
-        compiler=GrammarCompiler(tokenizer),
+        compiler=GrammarCompiler(tokenizer, config.vocab_size),
         weight_version=weight_version(checkpoint),
     )
 
@@ -95,7 +98,7 @@ def context_limit(run: RunConfig, config: ModelConfig) -> int:
     """Tokens of prompt plus output that one sequence may have."""
     if run.max_context > config.max_positions:
         raise ConfigError(
-            f"max_context is {run.max_context}, but the model knows {config.max_positions} positions; lower it",
+            f"max_context is {run.max_context}, but the model has {config.max_positions} positions",
             field="max_context",
         )
     return run.max_context or config.max_positions

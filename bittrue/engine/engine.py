@@ -27,9 +27,11 @@ from bittrue.text.stop import StopMatcher
 
 
 class Engine:
-    """Serves one checkpoint directory. ``Engine(path)`` uses the defaults of RunConfig; keyword arguments are its knobs.
+    """Serves one checkpoint directory. ``Engine(path)`` uses the defaults of RunConfig; keyword arguments
+    are its knobs.
 
-    ``add`` / ``step`` / ``abort`` are the whole protocol; ``generate``, ``stream`` and ``score`` are built on it.
+    ``add`` / ``step`` / ``abort`` are the whole protocol; ``generate``, ``stream`` and ``score`` are built
+    on it.
     """
 
     def __init__(self, model: str | Path, run: RunConfig | None = None, **knobs: Any) -> None:
@@ -51,7 +53,7 @@ class Engine:
         self._ready: list[TokenEvent] = []  # events that need no step
         self._names = itertools.count()
 
-    # ---- the protocol ----------------------------------------------------------------------------------------
+    # ---- the protocol ------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:
         """Accepts a request or refuses it at once: InvalidRequest, PromptTooLong, QueueFull."""
@@ -107,7 +109,7 @@ class Engine:
             self.abort(request_id)
         self._ready.clear()
 
-    # ---- conveniences ----------------------------------------------------------------------------------------
+    # ---- conveniences ------------------------------------------------------------------------------------
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
@@ -129,7 +131,8 @@ class Engine:
             self.abort(name)
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probability of every token after the first, given those before it: len(token_ids) - 1 values, nats."""
+        """Log-probability of every token after the first, given those before it: len(token_ids) - 1 values,
+        nats."""
         params = SamplingParams(max_tokens=0, prompt_logprobs=0)
         name = self._submit(token_ids, params)
         scores: list[float] = []
@@ -155,7 +158,7 @@ class Engine:
                     yield event
             self._ready += foreign
 
-    # ---- one step --------------------------------------------------------------------------------------------
+    # ---- one step ----------------------------------------------------------------------------------------
 
     def _run(self, plan: StepPlan) -> list[TokenEvent]:
         segments = [self._segment(part) for part in plan.sequences]
@@ -197,7 +200,9 @@ class Engine:
         self, plan: StepPlan, streams: Tensor, offsets: Sequence[int]
     ) -> dict[str, tuple[int, TokenLogprob | None]]:
         """The next token of every sequence that samples."""
-        sampling = [(part, offset) for part, offset in zip(plan.sequences, offsets, strict=False) if part.samples]
+        sampling = [
+            (part, offset) for part, offset in zip(plan.sequences, offsets, strict=False) if part.samples
+        ]
         drawn: dict[str, tuple[int, TokenLogprob | None]] = {}
         rows = [offset + part.num_tokens - 1 for part, offset in sampling]
         done = 0
@@ -229,7 +234,9 @@ class Engine:
         num_top = output.request.params.prompt_logprobs or 0
         # Positions seen before a preemption are computed again, to the same bits: record them once.
         positions = [
-            p for p in range(part.start, min(part.end, len(prompt) - 1)) if p + 1 not in output.prompt_logprobs
+            p
+            for p in range(part.start, min(part.end, len(prompt) - 1))
+            if p + 1 not in output.prompt_logprobs
         ]
         rows = [offset + p - part.start for p in positions]
         done = 0
@@ -238,7 +245,7 @@ class Engine:
                 output.prompt_logprobs[p + 1] = token_logprob(row, prompt[p + 1], num_top)
             done += len(block)
 
-    # ---- requests and events ---------------------------------------------------------------------------------
+    # ---- requests and events -----------------------------------------------------------------------------
 
     def _check_tokens(self, request: Request) -> None:
         vocab = self.config.vocab_size
@@ -273,7 +280,11 @@ class Engine:
         return output
 
     def _event(
-        self, output: Output, tokens: tuple[int, ...], logprobs: tuple[TokenLogprob, ...], ending: Ending | None
+        self,
+        output: Output,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprob, ...],
+        ending: Ending | None,
     ) -> TokenEvent:
         prompt_logprobs = None
         if output.wants_prompt_logprobs and (ending is None or ending.reason != "abort"):
@@ -288,5 +299,5 @@ class Engine:
             finish_reason=None if ending is None else ending.reason,
             stop_match=None if ending is None else ending.match,
             num_prompt_tokens=len(output.request.prompt),
+            error=None if ending is None else ending.error,
         )
-

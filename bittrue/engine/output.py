@@ -12,15 +12,18 @@ from bittrue.text.stop import StopMatcher
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Why a sequence ended; ``match`` is the stop string or stop token id, if one did it."""
+    """Why a sequence ended; ``match`` is the stop string or stop token id, if one did it, ``error`` the
+    text of an error."""
 
     reason: FinishReason
     match: str | int | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)
 class Output:
-    """The engine's own record of a live sequence, beside the scheduler's. It survives preemption unchanged."""
+    """The engine's own record of a live sequence, beside the scheduler's. It survives preemption
+    unchanged."""
 
     request: Request
     eos_ids: frozenset[int]
@@ -54,13 +57,15 @@ class Output:
         return None if self.grammar is None else self.grammar.allowed_mask()
 
     def append(self, token_id: int) -> Ending | None:
-        """Takes the next token and says whether the sequence ends with it. End ids come first, then stop strings,
-        then a finished grammar, then the length."""
+        """Takes the next token and says whether the sequence ends with it. End ids come first, then stop
+        strings, then a finished grammar, then the length."""
         params = self.request.params
         self.generated.append(token_id)
         is_end_id = token_id in self.end_ids()
         if self.grammar is not None and token_id not in self.eos_ids:
             self.grammar.accept(token_id)
+            if self.grammar.error is not None:
+                return Ending("error", error=self.grammar.error)
         if is_end_id and len(self.generated) > params.min_tokens:
             return Ending("stop", token_id if token_id in params.stop_token_ids else None)
         if self.detokenizer is not None and self.stops is not None:

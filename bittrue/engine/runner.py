@@ -1,4 +1,5 @@
-"""Runs the segments of one step through the model and its caches; the only place where model and KV memory meet."""
+"""Runs the segments of one step through the model and its caches; the only place where model and KV memory
+meet."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +15,8 @@ LOGIT_ROWS = 64
 
 
 class Runner:
-    """A model joined to its KV memory. Every tensor it touches is addressed by the integers of the segments."""
+    """A model joined to its KV memory. Every tensor it touches is addressed by the integers of the
+    segments."""
 
     def __init__(self, model: DeepseekV4, caches: Sequence[LayerCache]) -> None:
         self.model = model
@@ -22,7 +24,8 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """Advances every segment's sequence by its tokens. Returns the last streams [T, M, D], segments in order."""
+        """Advances every segment's sequence by its tokens. Returns the last streams [T, M, D], segments in
+        order."""
         return self.model.forward(build_batch(segments), self.caches)
 
     @torch.inference_mode()

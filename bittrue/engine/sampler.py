@@ -34,8 +34,9 @@ class SampleOutput:
 
 
 def adjust_logits(row: np.ndarray, item: SampleInput) -> np.ndarray:
-    """Penalties, bias and masks on one row of logits [V] f32 (a copy is returned). OpenAI's presence and frequency
-    penalties count generated tokens; the repetition penalty counts prompt and generated ones, as elsewhere."""
+    """Penalties, bias and masks on one row of logits [V] f32 (a copy is returned). OpenAI's presence and
+    frequency penalties count generated tokens; the repetition penalty counts prompt and generated ones, as
+    elsewhere."""
     p = item.params
     row = row.copy()
     if p.repetition_penalty != 1.0:
@@ -62,7 +63,8 @@ def adjust_logits(row: np.ndarray, item: SampleInput) -> np.ndarray:
 
 
 def truncate(row: np.ndarray, params: SamplingParams) -> np.ndarray:
-    """Applies top_k, then top_p over what is left, then min_p, to a row of scaled logits; ties by (value, smaller id)."""
+    """Applies top_k, then top_p over what is left, then min_p, to a row of scaled logits; ties by (value,
+    smaller id)."""
     vocab = row.shape[0]
     top_k = params.top_k if 0 < params.top_k < vocab else vocab
     if top_k == vocab and params.top_p >= 1.0 and params.min_p <= 0.0:
@@ -96,7 +98,8 @@ def _is_plain(item: SampleInput) -> bool:
 
 
 def choose_tokens(logits: Tensor, items: Sequence[SampleInput], ops: OpTable) -> list[int]:
-    """The chosen token id per row of ``logits`` [R, V] f32. Temperature 0 is the arg-max; the smaller id wins a tie."""
+    """The chosen token id per row of ``logits`` [R, V] f32. Temperature 0 is the arg-max; the smaller id
+    wins a tie."""
     rows = logits.numpy()
     vocab = logits.shape[1]
     noisy = [i for i, item in enumerate(items) if item.params.temperature > 0]
@@ -129,8 +132,8 @@ def token_logprob(logprobs: Tensor, token_id: int, num_top: int) -> TokenLogprob
 
 
 def sample(logits: Tensor, items: Sequence[SampleInput], ops: OpTable) -> list[SampleOutput]:
-    """Chooses one token per row and reports the log-probabilities asked for (under the model: before temperature,
-    penalties and masks)."""
+    """Chooses one token per row and reports the log-probabilities asked for (under the model: before
+    temperature, penalties and masks)."""
     chosen = choose_tokens(logits, items, ops)
     wanted = [i for i, item in enumerate(items) if item.params.logprobs is not None]
     reports: dict[int, TokenLogprob] = {}

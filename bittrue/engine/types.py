@@ -1,4 +1,5 @@
-"""What crosses the engine's boundary: requests in, tokens out (plain data, no torch; the same structs go over the wire)."""
+"""What crosses the engine's boundary: requests in, tokens out (plain data, no torch; the same structs go
+over the wire)."""
 
 from typing import Literal
 
@@ -8,9 +9,11 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How tokens of one sequence are chosen. Ranges are checked where the request enters (server or Engine.generate).
+    """How tokens of one sequence are chosen. Ranges are checked where the request enters (server or
+    Engine.generate).
 
-    Noise for a token is a function of (seed, absolute position, token id): the same seed gives the same tokens in any batch.
+    Noise for a token is a function of (seed, absolute position, token id): the same seed gives the same
+    tokens in any batch.
     """
 
     temperature: float = 1.0  # 0 = greedy
@@ -19,7 +22,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     min_p: float = 0.0
     seed: int = 0  # 0 <= seed < 2^63
     max_tokens: int = 16
-    min_tokens: int = 0  # stop ids and stop strings do not count before this many tokens
+    min_tokens: int = 0  # no end-of-sequence or stop id is chosen before; stop strings always count
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -30,11 +33,13 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     logprobs: int | None = None  # None = none; n = the chosen token's and the n most likely ones'
     prompt_logprobs: int | None = None  # the same for every prompt token after the first
     grammar: str | None = None  # a llguidance grammar (JSON text); None = free
-    grammar_after: tuple[int, ...] | None = None  # the grammar starts after this token sequence (e.g. </think>); None = at once
+    # The grammar starts after this token sequence (e.g. </think>); None = at once.
+    grammar_after: tuple[int, ...] | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """The log-probability of one token under the model (before temperature and masks), and its likeliest rivals."""
+    """The log-probability of one token under the model (before temperature and masks), and its likeliest
+    rivals."""
 
     token_id: int
     logprob: float
@@ -42,7 +47,8 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
-    """One sequence to run. ``resume`` holds tokens already generated (after a crash): they are replayed, not sampled."""
+    """One sequence to run. ``resume`` holds tokens already generated (after a crash): they are replayed,
+    not sampled."""
 
     request_id: str
     prompt: tuple[int, ...]
@@ -52,7 +58,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
-    """What one step added to one sequence. The last event of a sequence has a finish_reason; exactly one event does."""
+    """What one step added to one sequence. The last event of a sequence has a finish_reason; exactly one
+    event does."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()

@@ -9,9 +9,11 @@ DTYPES = {"u8": torch.uint8, "f32": torch.float32}
 
 
 def allocate(layout: KVLayout, *, pages: int, slots: int, device: str = "cpu") -> list[LayerCache]:
-    """One LayerCache per layer with room for ``pages`` pages and ``slots`` state slots: ``layout.pool_bytes`` bytes.
+    """One LayerCache per layer with room for ``pages`` pages and ``slots`` state slots:
+    ``layout.pool_bytes`` bytes.
 
-    The memory is not cleared: every row is addressed by position, so nothing is read that its sequence did not write.
+    The memory is not cleared: every row is addressed by position, so nothing is read that its sequence did
+    not write.
     """
     return [_layer_cache(layer, pages, slots, device) for layer in layout.layers]
 

@@ -1,4 +1,5 @@
-"""Groups the tensors of a checkpoint, by their official names, into the parameters the model reads. Copies nothing."""
+"""Groups the tensors of a checkpoint, by their official names, into the parameters the model reads. Copies
+nothing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """DeepSeek-V4, the whole architecture, read top to bottom: streams, blocks, attention, experts, head.
 
-One definition for serving and training. It owns no arithmetic (every op comes from the OpTable it is given) and no
-cache (it is handed the LayerCache of each layer), so the same lines run on every backend. Sections refer to
-spec/deepseek-v4.md.
+One definition for serving and training. It owns no arithmetic (every op comes from the OpTable it is given)
+and no cache (it is handed the LayerCache of each layer), so the same lines run on every backend. Sections
+refer to spec/deepseek-v4.md.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,8 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class FeedForward:
-    """One mixture of experts (2.7): a learned router (bias) or a hash router (table), routed and shared experts."""
+    """One mixture of experts (2.7): a learned router (bias) or a hash router (table), routed and shared
+    experts."""
 
     gate: Weight
     bias: Tensor | None  # [E] f32, learned router only
@@ -125,10 +126,11 @@ class DeepseekV4:
     def is_published(self) -> bool:
         return self.level == "published"
 
-    # ---- top level (2.1) -------------------------------------------------------------------------------------
+    # ---- top level (2.1) ---------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
-        """Runs the T tokens of ``batch``, updating the caches. Returns the streams after the last block, [T, M, D] act."""
+        """Runs the T tokens of ``batch``, updating the caches. Returns the streams after the last block,
+        [T, M, D] act."""
         window_angles = Angles(*self.ops.rope_angles(batch.positions, self._main_freq))
         compress_angles = Angles(*self.ops.rope_angles(batch.positions, self._compress_freq))
         h = self.parameters.embed[batch.token_ids].to(self.act)
@@ -140,7 +142,8 @@ class DeepseekV4:
         return streams
 
     def logits(self, streams: Tensor) -> Tensor:
-        """Logits [R, V] f32 of R rows of streams [R, M, D]: collapse the streams, normalise, project (2.1 steps 3-4)."""
+        """Logits [R, V] f32 of R rows of streams [R, M, D]: collapse the streams, normalise, project (2.1
+        steps 3-4)."""
         head = self.parameters.hc_head
         config = self.config
         h = self.ops.hc_head(
@@ -149,7 +152,7 @@ class DeepseekV4:
         h = self.ops.rms_norm(h, self.parameters.norm, config.norm_eps)
         return self.ops.linear(h, self.parameters.head, out_dtype=torch.float32)
 
-    # ---- blocks (2.6) ----------------------------------------------------------------------------------------
+    # ---- blocks (2.6) ------------------------------------------------------------------------------------
 
     def _attention_sublayer(
         self, streams: Tensor, batch: Batch, block: Block, cache: LayerCache, angles: Angles
@@ -177,7 +180,7 @@ class DeepseekV4:
             norm_eps=config.norm_eps,
         )
 
-    # ---- attention (2.3) -------------------------------------------------------------------------------------
+    # ---- attention (2.3) ---------------------------------------------------------------------------------
 
     def _attention(self, x: Tensor, batch: Batch, p: Attention, cache: LayerCache, angles: Angles) -> Tensor:
         ops, config = self.ops, self.config
@@ -191,7 +194,9 @@ class DeepseekV4:
 
         # One vector per token is key and value of every head.
         kv = ops.rms_norm(ops.linear(x8, p.wkv), p.kv_norm, config.norm_eps)
-        kv = ops.rope(kv.view(num_tokens, 1, head_dim), angles.cos, angles.sin, False).view(num_tokens, head_dim)
+        kv = ops.rope(kv.view(num_tokens, 1, head_dim), angles.cos, angles.sin, False).view(
+            num_tokens, head_dim
+        )
         step_rows = ops.pack_rows(kv, cache.row_format)
 
         # Compressed rows that close in this step are written first: their last token may already read them.
@@ -213,7 +218,8 @@ class DeepseekV4:
             round_probs=self.is_published,
         )
         ops.store_window(step_rows, batch, cache.window)
-        # Keys are values, so the output carries the rotation of the rows it read: undo it at the query's position.
+        # Keys are values, so the output carries the rotation of the rows it read: undo it at the query's
+        # position.
         o = ops.rope(o, angles.cos, angles.sin, True)
         o = ops.grouped_linear(o.view(num_tokens, config.o_groups, -1), p.wo_a)
         o = o.view(num_tokens, config.o_groups * config.o_lora_rank)
@@ -272,7 +278,7 @@ class DeepseekV4:
         weights = ops.linear(x, p.weights_proj, out_dtype=torch.float32) * (dim**-0.5 * heads**-0.5)
         return ops.index_topk(q, weights, batch, cache.keys, cache.key_format, k=config.index_topk)
 
-    # ---- experts (2.7) ---------------------------------------------------------------------------------------
+    # ---- experts (2.7) -----------------------------------------------------------------------------------
 
     def _feed_forward(self, x: Tensor, batch: Batch, p: FeedForward) -> Tensor:
         ops, config = self.ops, self.config

@@ -1,4 +1,5 @@
-"""Checks laws L1 (chunking), L2 (batching) and L8 (threads) on a checkpoint, bit for bit over whole logit rows."""
+"""Checks laws L1 (chunking), L2 (batching) and L8 (threads) on a checkpoint, bit for bit over whole logit
+rows."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -39,8 +40,8 @@ class Prompt:
 class LawProbe:
     """Runs token sequences through one runner in different ways and compares the logits of every position.
 
-    The runner must own at least ``num_slots`` free state slots and ``num_pages`` free pages. Pages and slots are dealt
-    in random order, so a result that depends on where a row lies in memory is found too.
+    The runner must own at least ``num_slots`` free state slots and ``num_pages`` free pages. Pages and
+    slots are dealt in random order, so a result that depends on where a row lies in memory is found too.
     """
 
     def __init__(
@@ -56,9 +57,11 @@ class LawProbe:
         self.num_slots = num_slots
         self.random = random.Random(seed)
 
-    # ---- running sequences -----------------------------------------------------------------------------------
+    # ---- running sequences -------------------------------------------------------------------------------
 
-    def run(self, schedule: Sequence[Sequence[tuple[int, int]]], prompts: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    def run(
+        self, schedule: Sequence[Sequence[tuple[int, int]]], prompts: Sequence[tuple[int, ...]]
+    ) -> list[Tensor]:
         """Runs steps of (prompt index, number of tokens) and returns each prompt's logits [n, V]."""
         pages = self.random.sample(range(self.num_pages), self.num_pages)
         slots = self.random.sample(range(self.num_slots), len(prompts))
@@ -78,7 +81,7 @@ class LawProbe:
                 done[index] += count
             streams = self.runner.forward(segments)
             logits = torch.cat([x for _, x in self.runner.logits_by_block(streams, range(len(streams)))])
-            for (index, _), part in zip(step, logits.split([n for _, n in step]), strict=True):
+            for (index, _), part in zip(step, torch.split(logits, [n for _, n in step]), strict=True):
                 rows[index].append(part)
         return [torch.cat(parts) for parts in rows]
 
@@ -91,7 +94,7 @@ class LawProbe:
         vocab = self.runner.model.config.vocab_size
         return [self.plain([self.random.randrange(vocab) for _ in range(n)]) for n in lengths]
 
-    # ---- the laws --------------------------------------------------------------------------------------------
+    # ---- the laws ----------------------------------------------------------------------------------------
 
     def chunking(self, prompts: Sequence[Prompt], *, rounds: int) -> Iterator[LawResult]:
         """L1: one-shot prefill = token by token = any random chunking."""
@@ -108,7 +111,9 @@ class LawProbe:
         for _ in range(rounds):
             chosen = self.random.sample(list(prompts), k=min(len(prompts), self.num_slots))
             steps = self._random_schedule([len(p.token_ids) for p in chosen])
-            yield self._compare("L2 batching", f"{len(chosen)} sequences in {len(steps)} steps", steps, chosen)
+            yield self._compare(
+                "L2 batching", f"{len(chosen)} sequences in {len(steps)} steps", steps, chosen
+            )
 
     def threading(self, prompts: Sequence[Prompt], *, counts: Sequence[int]) -> Iterator[LawResult]:
         """L8: any number of CPU threads."""
@@ -123,7 +128,7 @@ class LawProbe:
         finally:
             set_threads(self.runner.model.ops, before)
 
-    # ---- helpers of the laws ---------------------------------------------------------------------------------
+    # ---- helpers of the laws -----------------------------------------------------------------------------
 
     def _compare(
         self, law: str, variant: str, schedule: Sequence[Sequence[tuple[int, int]]], prompts: Sequence[Prompt]

@@ -1,4 +1,5 @@
-"""`bittrue verify`: the laws that a checkpoint must obey on this machine, checked through the engine that serves it."""
+"""`bittrue verify`: the laws that a checkpoint must obey on this machine, checked through the engine that
+serves it."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,8 @@ def selection_length(engine: Engine) -> int:
 
 
 def probe_lengths(engine: Engine, *, max_tokens: int) -> tuple[int, ...]:
-    """Prompt lengths to check, at most ``max_tokens`` each; the longest makes the index choose where it can."""
+    """Prompt lengths to check, at most ``max_tokens`` each; the longest makes the index choose where it
+    can."""
     longest = min(selection_length(engine), max_tokens, engine.max_context)
     return tuple(sorted({min(n, longest) for n in SHORT_LENGTHS} | {longest}))
 
@@ -28,7 +30,9 @@ def pages_needed(lengths: Sequence[int]) -> int:
     return sum(-(-n // PAGE_TOKENS) for n in lengths)
 
 
-def verify_laws(engine: Engine, *, max_tokens: int, rounds: int, seed: int, threads: Sequence[int]) -> Iterator[LawResult]:
+def verify_laws(
+    engine: Engine, *, max_tokens: int, rounds: int, seed: int, threads: Sequence[int]
+) -> Iterator[LawResult]:
     """Checks L1, L2 and L8 and yields each result as it is known. The engine must be idle.
 
     ``max_tokens`` bounds the longest prompt, ``rounds`` the random variants of each law.
@@ -43,11 +47,13 @@ def verify_laws(engine: Engine, *, max_tokens: int, rounds: int, seed: int, thre
 
 
 def sampled_alone_and_together(engine: Engine, *, seed: int) -> LawResult:
-    """L2 through the scheduler: requests sampled one after the other = all at once, tokens and log-probabilities."""
+    """L2 through the scheduler: requests sampled one after the other = all at once, tokens and
+    log-probabilities."""
     draw = random.Random(seed)
     vocab = engine.config.vocab_size
     prompts = [
-        tuple(draw.randrange(vocab) for _ in range(draw.choice([1, 3, 40, 130]))) for _ in range(MIXED_REQUESTS)
+        tuple(draw.randrange(vocab) for _ in range(draw.choice([1, 3, 40, 130])))
+        for _ in range(MIXED_REQUESTS)
     ]
     params = [
         SamplingParams(

@@ -45,7 +45,9 @@ def test_a_preempted_request_continues_with_the_same_tokens(model: Path, engine:
     each = [params(seed=i, max_tokens=60) for i in range(6)]
     layout = engine.parts.layout
     # Room for six states but only eight pages: six sequences of two pages each cannot all stay.
-    small = Engine(model, kv_memory=layout.pool_bytes(8, 6) + 1, max_running=6, max_step_tokens=64, max_context=256)
+    small = Engine(
+        model, kv_memory=layout.pool_bytes(8, 6) + 1, max_running=6, max_step_tokens=64, max_context=256
+    )
     assert (small.stats().pages_total, small.stats().slots_total) <= (12, 6)
     got = small.generate(prompts, each)
     assert small.stats().num_preempted_total > 0
@@ -133,7 +135,11 @@ def test_stop_strings_end_a_sequence_where_they_complete(engine: Engine) -> None
 
 @pytest.mark.parametrize("field", ["prompt", "resume"])
 def test_token_ids_outside_the_vocabulary_are_refused(engine: Engine, field: str) -> None:
-    bad = {"prompt": (1, engine.config.vocab_size), "resume": ()} if field == "prompt" else {"prompt": (1,), "resume": (-1,)}
+    bad = (
+        {"prompt": (1, engine.config.vocab_size), "resume": ()}
+        if field == "prompt"
+        else {"prompt": (1,), "resume": (-1,)}
+    )
     with pytest.raises(InvalidRequest, match=field):
         engine.add(Request(request_id="x", params=params(), **bad))
     assert not engine.has_work()

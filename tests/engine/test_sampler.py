@@ -12,7 +12,9 @@ VOCAB = 97
 OPS = select("reference")
 
 
-def item(position: int = 5, allowed: np.ndarray | None = None, forbidden: tuple[int, ...] = (), **params: object):
+def item(
+    position: int = 5, allowed: np.ndarray | None = None, forbidden: tuple[int, ...] = (), **params: object
+):
     return SampleInput(
         params=SamplingParams(**params),  # type: ignore[arg-type]
         position=position,

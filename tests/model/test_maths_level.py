@@ -1,4 +1,5 @@
-"""The maths level against Hugging Face transformers in float32: prefill, chunked prefill and decode, every length class."""
+"""The maths level against Hugging Face transformers in float32: prefill, chunked prefill and decode, every
+length class."""
 
 import copy
 import dataclasses
@@ -84,8 +85,8 @@ def test_chunked_prefill_and_decode_equal_transformers(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_three_thousand_tokens_equal_transformers(name: str) -> None:
-    # At this length some queries have two entries whose scores are equal to within rounding; which of them is read moves
-    # the logits. The oracle is given our picks there, and only there.
+    # At this length some queries have two entries whose scores are equal to within rounding; which of them
+    # is read moves the logits. The oracle is given our picks there, and only there.
     raw, tensors = random_checkpoint(list(CONFIGS).index(name) + 1, **CONFIGS[name])
     ops, picks = select("cpu", threads=1), []
 

@@ -1,8 +1,10 @@
-"""The published level against an independent simulation of its precision rules, layer by layer and end to end.
+"""The published level against an independent simulation of its precision rules, layer by layer and end to
+end.
 
-bf16 rounding turns the last bit of a float32 sum into a step of 2^-8, so two correct implementations drift apart with
-depth. Hence each layer is given the simulation's own input: what differs then is at most a few rounding steps. A wrong
-rule (a missing quantisation, another group) is far outside the bound, as the last test shows for each of them.
+bf16 rounding turns the last bit of a float32 sum into a step of 2^-8, so two correct implementations drift
+apart with depth. Hence each layer is given the simulation's own input: what differs then is at most a few
+rounding steps. A wrong rule (a missing quantisation, another group) is far outside the bound, as the last
+test shows for each of them.
 """
 
 import dataclasses
@@ -27,13 +29,14 @@ from bittrue.ops.dispatch import select
 
 LENGTH = 300
 PRECISIONS = ("f32", "bf16", "fp8", "fp4")
-# Root mean square of (ours - simulation) over that of the streams, one layer on the same input, median over layers: seen at
-# most 4e-4. A single layer may be higher (3e-3 seen), where one flipped bit moved an FP8 scale or an index pick.
+# Root mean square of (ours - simulation) over that of the streams, one layer on the same input, median over
+# layers: seen at most 4e-4. A single layer may be higher (3e-3 seen), where one flipped bit moved an FP8
+# scale or an index pick.
 MEDIAN_BOUND = 1e-3
 # Every broken rule below moves the median to 3e-3 or more.
 BROKEN_BOUND = 2e-3
-# Mean KL over positions, nats. The published reference is 1.0e-2 away from its own unquantised mathematics (spec 8), and
-# its decode agrees with its prefill in 94 % of arg-maxes.
+# Mean KL over positions, nats. The published reference is 1.0e-2 away from its own unquantised mathematics
+# (spec 8), and its decode agrees with its prefill in 94 % of arg-maxes.
 KL_BOUND = 1e-2
 
 
@@ -126,6 +129,7 @@ def test_an_index_query_without_its_transform_is_far_outside_the_bound(op: str) 
 def test_logits_selections_and_experts_agree_end_to_end(precision: str) -> None:
     picks: list[Tensor] = []
     experts: list[Tensor] = []
+
     def index_topk(*args: Any, **options: Any) -> Tensor:
         picks.append(HONEST.index_topk(*args, **options))
         return picks[-1]
@@ -137,7 +141,9 @@ def test_logits_selections_and_experts_agree_end_to_end(precision: str) -> None:
 
     s = setup(precision, dataclasses.replace(HONEST, index_topk=index_topk, route_topk=route_topk))
     streams = s.runner.forward([Segment(s.ids, 0, 0, 1, [9, 8, 7])])
-    ours = torch.cat([x for _, x in s.runner.logits_by_block(streams, range(LENGTH))]).double().log_softmax(-1)
+    ours = (
+        torch.cat([x for _, x in s.runner.logits_by_block(streams, range(LENGTH))]).double().log_softmax(-1)
+    )
     theirs = s.trace.logits.double().log_softmax(-1)
     kl = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
     agree = [share_of_equal_picks(a, b) for a, b in zip(picks, s.trace.index_ids.values(), strict=True)]

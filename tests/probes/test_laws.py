@@ -1,4 +1,5 @@
-"""Laws L1, L2 and L8 as properties: random chunkings, batches, rows and threads change no bit of any logit."""
+"""Laws L1, L2 and L8 as properties: random chunkings, batches, rows and threads change no bit of any
+logit."""
 
 import dataclasses
 
@@ -11,7 +12,8 @@ from bittrue.ops.contracts import OpTable, Weight
 from bittrue.ops.dispatch import select
 from bittrue.probes.laws import LawProbe, LawResult
 
-# Straddle the CSA ratio, the window, one and two pages, and where index top-k (16 rows = 64 tokens) starts to bite.
+# Straddle the CSA ratio, the window, one and two pages, and where index top-k (16 rows = 64 tokens) starts
+# to bite.
 LENGTHS = (1, 2, 3, 7, 66, 127, 128, 129, 200, 257, 300)
 LEVELS = {
     "maths-f32": ("f32", "maths", "f32"),

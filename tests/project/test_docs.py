@@ -47,14 +47,14 @@ def test_every_op_has_its_rule_in_the_page_of_numerics() -> None:
     assert missing(set(OpTable.op_names()), "numerics.md") == set()
 
 
-def test_every_error_class_is_in_the_page_of_the_architecture() -> None:
+def test_every_error_class_is_in_the_page_of_errors() -> None:
     classes = {
         name
         for name, member in inspect.getmembers(errors, inspect.isclass)
         if issubclass(member, errors.BittrueError)
     }
     assert len(classes) > 5
-    assert missing(classes, "architecture.md") == set()
+    assert missing(classes, "errors.md") == set()
 
 
 @pytest.mark.parametrize("name", GENERATED)

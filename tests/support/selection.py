@@ -12,11 +12,12 @@ ROUNDING = 4e-6
 
 
 class SharedSelection(TorchFunctionMode):
-    """Answers the oracle's index top-k (3-D scores) with ``picks``, one [T, k] tensor (-1 padded) per call in order.
+    """Answers the oracle's index top-k (3-D scores) with ``picks``, one [T, k] tensor (-1 padded) per call
+    in order.
 
-    A row may differ from the oracle's own picks only where the scores of the swapped entries are equal to within
-    ROUNDING: a tie that two correct evaluations break differently. Anything further apart raises AssertionError.
-    Every other top-k is answered by (value descending, id ascending).
+    A row may differ from the oracle's own picks only where the scores of the swapped entries are equal to
+    within ROUNDING: a tie that two correct evaluations break differently. Anything further apart raises
+    AssertionError. Every other top-k is answered by (value descending, id ascending).
     """
 
     def __init__(self, picks: list[Tensor]) -> None:
@@ -47,7 +48,9 @@ class SharedSelection(TorchFunctionMode):
             values = scores[row, swapped]
             spread = float(values.max() - values.min())
             bound = ROUNDING * float(scores[row][torch.isfinite(scores[row])].abs().max())
-            assert spread <= bound, f"row {row}: entries {swapped.tolist()} of {k} picks score {values.tolist()}"
+            assert spread <= bound, (
+                f"row {row}: entries {swapped.tolist()} of {k} picks score {values.tolist()}"
+            )
             shared[row] = a
             self.num_swapped_rows += 1
         return shared

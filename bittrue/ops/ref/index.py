@@ -31,8 +31,9 @@ def index_topk(
 def _scores(q: Tensor, head_weights: Tensor, keys: Tensor) -> Tensor:
     """q [Hi, ci], head_weights [Hi], keys [n, ci], all f32 -> [n] f32.
 
-    The dot product adds groups of 32 features in ascending order. Between FP4 values a group's sum is exact, so
-    all backends that round head_weight * relu and add the heads in ascending order find the same score.
+    The dot product adds groups of 32 features in ascending order. Between FP4 values a group's sum is
+    exact, so all backends that round head_weight * relu and add the heads in ascending order find the same
+    score.
     """
     dots = torch.zeros(q.shape[0], keys.shape[0], device=q.device)
     for g in range(0, q.shape[1], FP4_GROUP):

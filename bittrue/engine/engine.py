@@ -98,7 +98,7 @@ class Engine:
             "level": parts.level,
             "act": parts.act,
             "backend": self._ops.name,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
         }
         digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
         return {**facts, "digest": digest}

@@ -62,7 +62,15 @@ class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong"):
 ToEngine = Hello | Request | Abort | Ping | Shutdown
 FromEngine = Ready | Refused | StepDone | Pong
 
-_ENCODER = msgspec.msgpack.Encoder()
+
+def _plain(value: object) -> object:
+    """A fingerprint may hold a kind of str (torch's version is one)."""
+    if isinstance(value, str):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} does not cross the process boundary")
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_plain)
 _TO_ENGINE = msgspec.msgpack.Decoder(ToEngine)
 _FROM_ENGINE = msgspec.msgpack.Decoder(FromEngine)
 

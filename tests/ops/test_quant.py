@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from bittrue.config.formats import RowFormat
+from bittrue.ops.cpu.library import load_kernels
+from bittrue.ops.cpu.vector import vector_ops
 
 KV = RowFormat("fp8", 512, 64)
 KEY = RowFormat("fp4", 128)
@@ -215,3 +217,29 @@ def test_rows_do_not_depend_on_each_other(ops, fmt):
     assert torch.equal(paged.flatten(0, 1), ops.unpack_rows(rows[:16].clone(), fmt))
     assert ops.pack_rows(x[:0], fmt).shape == (0, fmt.bytes)
     assert ops.unpack_rows(rows[:0], fmt).shape == (0, fmt.dim)
+
+
+def test_what_a_kernel_cannot_read_is_refused():
+    ops = vector_ops(load_kernels())
+    x = torch.zeros(4, 128)
+    refused = {
+        r"hadamard: the last axis must be a power of two, not 96": lambda: ops["hadamard"](x[:, :96].contiguous()),
+        r"quant_fp8: x must be float32 or bfloat16, not float16": lambda: ops["quant_fp8"](x.half(), 128),
+        r"quant_fp8: x must be contiguous": lambda: ops["quant_fp8"](x.t(), 128),
+        r"quant_fp4: group must be at least 1": lambda: ops["quant_fp4"](x, 0),
+        r"pack_rows: x must have shape \[\*, 512\]": lambda: ops["pack_rows"](x, KV),
+        r"unpack_rows: rows must have shape \[\*, 68\]": lambda: ops["unpack_rows"](x.byte(), KEY),
+        r"hc_head: 1 to 8 streams, not 9": lambda: ops["hc_head"](
+            torch.zeros(1, 9, 16), torch.zeros(9, 144), torch.zeros(9), torch.zeros(1), eps=0.0, norm_eps=1e-6
+        ),
+        r"rms_norm: weight must have shape \[128\]": lambda: ops["rms_norm"](x, torch.ones(64), 1e-6),
+        r"rope: 256 features to rotate, but x has 128": lambda: ops["rope"](
+            x[:, None].contiguous(), x, x.clone(), False
+        ),
+        r"gumbel: positions must have shape \[2\]": lambda: ops["gumbel"](
+            torch.zeros(2, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), 8
+        ),
+    }
+    for message, call in refused.items():
+        with pytest.raises(ValueError, match=message):
+            call()

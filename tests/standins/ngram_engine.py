@@ -182,7 +182,7 @@ class NgramEngine:
             return "stop", token
         if num > params.min_tokens and token == self.config.eos_id and not params.ignore_eos:
             return "stop", None
-        if live.detokenizer is not None and num > params.min_tokens:
+        if live.detokenizer is not None:
             match = live.stops.feed(live.detokenizer.feed([token])).matched
             if match is not None:
                 return "stop", match

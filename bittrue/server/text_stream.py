@@ -9,7 +9,7 @@ from bittrue.text.tokenizer import Tokenizer
 class TextStream:
     """Joined pieces are the same for any split into events.
 
-    The engine decides where a sequence ends. Text that may become a stop string waits until it does or cannot.
+    The engine decides where a sequence ends. Text that may become a stop string waits until that is clear.
     """
 
     __slots__ = ("_detokenizer", "_stops")

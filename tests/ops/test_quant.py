@@ -223,7 +223,7 @@ def test_what_a_kernel_cannot_read_is_refused():
     ops = vector_ops(load_kernels())
     x = torch.zeros(4, 128)
     refused = {
-        r"hadamard: the last axis must be a power of two, not 96": lambda: ops["hadamard"](torch.zeros(4, 96)),
+        "hadamard: the last axis must be a power of two, not 96": lambda: ops["hadamard"](torch.zeros(4, 96)),
         r"quant_fp8: x must be float32 or bfloat16, not float16": lambda: ops["quant_fp8"](x.half(), 128),
         r"quant_fp8: x must be contiguous": lambda: ops["quant_fp8"](x.t(), 128),
         r"quant_fp4: group must be at least 1": lambda: ops["quant_fp4"](x, 0),

@@ -143,8 +143,9 @@ class KVLayout:
     def fit(self, budget_bytes: int, *, max_sequences: int, max_context: int) -> tuple[int, int]:
         """How many (pages, slots) to make of ``budget_bytes``: never more than ``max_sequences`` could use.
 
-        Bought in this order: one slot with the pages of one sequence of ``max_context`` tokens (as many as
-        fit); then further slots, each with one page; then pages. One long sequence comes before many at once.
+        One slot and one page always; further slots, each with a page, out of at most a quarter of the budget; the
+        rest is pages. So a budget short of one full context still serves many short sequences at once, and a
+        long one has three quarters of it at least.
         Raises ConfigError when not even one slot and one page fit.
         """
         if max_sequences < 1 or max_context < 1:
@@ -160,16 +161,11 @@ class KVLayout:
                 "raise --kv-memory",
                 field="kv_memory",
             )
-        context_pages = pages_for(max_context)
-        pages, slots = 1, 1
-        left = budget_bytes - smallest
-        pages += (more := affordable(left, self.page_bytes, context_pages - pages))
-        left -= more * self.page_bytes
-        if pages == context_pages:
-            extra = affordable(left, smallest, max_sequences - 1)
-            slots, pages = slots + extra, pages + extra
-            left -= extra * smallest
-        pages += affordable(left, self.page_bytes, max_sequences * context_pages - pages)
+        pair_bytes = self.slot_bytes + self.page_bytes
+        more = affordable(max(0, budget_bytes // 4 - smallest), pair_bytes, max_sequences - 1)
+        pages = slots = 1 + more
+        left = budget_bytes - self.pool_bytes(pages, slots)
+        pages += affordable(left, self.page_bytes, max_sequences * pages_for(max_context) - pages)
         return pages, slots
 
 

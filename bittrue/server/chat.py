@@ -56,7 +56,7 @@ async def chat_completions(request: Request) -> Response:
     check_model(state, body.model)
     options = chat_options(state, body)
     encoded = await _encoded(state, body, options, num_bytes=len(raw))
-    job = _job(state, body, options, encoded)
+    job = _job(state, body, options, encoded, await _grammar(state, body, options))
     if body.stream:
         renderer = _StreamRenderer(job, bool(body.stream_options and body.stream_options.include_usage))
         return EventStream(job.submission.channel, renderer, keepalive_s=state.config.keepalive_s)
@@ -79,6 +79,19 @@ async def _encoded(
         encoded = state.codec.encode_chat(messages, options)
     state.metrics.observe("bittrue_tokenize_seconds", time.perf_counter() - started_s)
     return encoded
+
+
+async def _grammar(state: ServerState, body: ChatBody, options: ChatOptions) -> str | None:
+    """The grammar of the answer, compiled in a thread: a schema may take long."""
+    if not options.tools and options.response_format.kind == "text" and body.guided_regex is None:
+        return None
+    return await asyncio.to_thread(
+        chat_grammar,
+        state,
+        options,
+        body.guided_regex,
+        is_single_call=body.parallel_tool_calls is False,
+    )
 
 
 @dataclass(slots=True)
@@ -117,20 +130,14 @@ class _Job:
         return ChoiceLogprobs([content_logprob(self.state.tokenizer, entry) for entry in event.logprobs])
 
 
-def _job(state: ServerState, body: ChatBody, options: ChatOptions, encoded: EncodedPrompt) -> _Job:
+def _job(
+    state: ServerState, body: ChatBody, options: ChatOptions, encoded: EncodedPrompt, grammar: str | None
+) -> _Job:
     prompt = checked_prompt(state, encoded.token_ids, param="messages")
     asked, name = _asked_tokens(body)
     max_tokens = answer_tokens(state, len(prompt), TokenLimits(asked, name, None))
     params = sampling_params(
         state, body, max_tokens=max_tokens, logprobs=_asked_logprobs(body), logprobs_param="top_logprobs"
-    )
-    grammar = chat_grammar(
-        state,
-        options.response_format,
-        body.guided_regex,
-        options.tools,
-        options.tool_choice,
-        is_single_call=body.parallel_tool_calls is False,
     )
     if grammar is not None:
         after = (state.tokenizer.special_id(THINK_END),) if encoded.starts_in_reasoning else None

@@ -28,7 +28,7 @@ from bittrue.server.sse import EventStream, data
 from bittrue.server.state import ServerState, state_of
 from bittrue.server.submission import Submission, submit
 from bittrue.server.text_stream import TextStream
-from bittrue.server.tokens import LONG_TEXT, finite, token_name
+from bittrue.server.tokens import encode_text, finite, token_name
 from bittrue.server.usage import Usage, UsageTally
 from bittrue.text.detokenize import Detokenizer
 from bittrue.text.messages import parse_response_format
@@ -69,7 +69,9 @@ async def completions(request: Request) -> Response:
     body: CompletionBody = _DECODE(await read_body(request, state.config.max_body_bytes))
     check_model(state, body.model)
     prompts = await _prompts(state, body)
-    job = _job(state, body, prompts)
+    form = parse_response_format(body.response_format)
+    grammar = await asyncio.to_thread(grammar_of, state, form, body.guided_regex)
+    job = _job(state, body, prompts, grammar)
     if body.stream:
         renderer = _StreamRenderer(job, bool(body.stream_options and body.stream_options.include_usage))
         return EventStream(job.submission.channel, renderer, keepalive_s=state.config.keepalive_s)
@@ -98,13 +100,7 @@ async def _prompts(state: ServerState, body: CompletionBody) -> list[tuple[int, 
 
 async def _token_ids(state: ServerState, entry: object, param: str) -> list[int]:
     if isinstance(entry, str):
-        started_s = time.perf_counter()
-        if len(entry) > LONG_TEXT:
-            ids = await asyncio.to_thread(state.tokenizer.encode_text, entry)
-        else:
-            ids = state.tokenizer.encode_text(entry)
-        state.metrics.observe("bittrue_tokenize_seconds", time.perf_counter() - started_s)
-        return ids
+        return await encode_text(state, entry)
     if isinstance(entry, list) and all(type(item) is int and item >= 0 for item in entry):
         return entry
     raise InvalidRequest(f"{param} is neither text nor a list of token ids", param=param)
@@ -140,7 +136,9 @@ class _Job:
         )
 
 
-def _job(state: ServerState, body: CompletionBody, prompts: list[tuple[int, ...]]) -> _Job:
+def _job(
+    state: ServerState, body: CompletionBody, prompts: list[tuple[int, ...]], grammar: str | None
+) -> _Job:
     num_samples = body.n or 1
     if body.best_of is not None and body.best_of != num_samples:
         raise InvalidRequest(
@@ -155,7 +153,6 @@ def _job(state: ServerState, body: CompletionBody, prompts: list[tuple[int, ...]
     params = sampling_params(
         state, body, max_tokens=min(max_tokens), logprobs=body.logprobs, logprobs_param="logprobs"
     )
-    grammar = grammar_of(state, parse_response_format(body.response_format), body.guided_regex)
     params = msgspec.structs.replace(
         params, grammar=grammar, prompt_logprobs=body.logprobs if body.echo else None
     )

@@ -4,6 +4,7 @@ from typing import Literal
 
 from bittrue.errors import InvalidRequest
 from bittrue.server.state import ServerState
+from bittrue.text.codec import ChatOptions
 from bittrue.text.grammar import ToolGrammar
 from bittrue.text.messages import ResponseFormat, ToolChoice, ToolDefinition
 
@@ -22,19 +23,14 @@ def grammar_of(state: ServerState, form: ResponseFormat, guided_regex: str | Non
 
 
 def chat_grammar(
-    state: ServerState,
-    form: ResponseFormat,
-    guided_regex: str | None,
-    tools: tuple[ToolDefinition, ...],
-    choice: ToolChoice,
-    *,
-    is_single_call: bool,
+    state: ServerState, options: ChatOptions, guided_regex: str | None, *, is_single_call: bool
 ) -> str | None:
     """The grammar of a chat answer: forced or strict tool calls, else the format. Raises InvalidRequest.
 
     A free choice among tools is constrained when one of them is ``strict``.
     """
-    form_grammar = grammar_of(state, form, guided_regex)
+    tools, choice = options.tools, options.tool_choice
+    form_grammar = grammar_of(state, options.response_format, guided_regex)
     mode = _enforced(tools, choice)
     if mode is None:
         if form_grammar is not None and tools and choice.mode != "none":

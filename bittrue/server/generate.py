@@ -16,6 +16,7 @@ from bittrue.server.sse import EventStream, data
 from bittrue.server.state import ServerState, state_of
 from bittrue.server.submission import Submission, submit
 from bittrue.server.text_stream import TextStream
+from bittrue.server.tokens import encode_text
 
 _DECODE = BodyDecoder(GenerateBody)
 
@@ -39,7 +40,7 @@ async def generate(request: Request) -> Response:
     """The endpoint."""
     state = state_of(request)
     body: GenerateBody = _DECODE(await read_body(request, state.config.max_body_bytes))
-    prompt = _prompt(state, body)
+    prompt = await _prompt(state, body)
     limits = TokenLimits(body.sampling.max_tokens, "sampling.max_tokens", SamplingParams().max_tokens)
     max_tokens = answer_tokens(state, len(prompt), limits)
     params = generate_params(state, body.sampling, max_tokens=max_tokens)
@@ -51,12 +52,12 @@ async def generate(request: Request) -> Response:
         return json_response(await while_connected(request.receive, _whole(submission, renderer)))
 
 
-def _prompt(state: ServerState, body: GenerateBody) -> tuple[int, ...]:
+async def _prompt(state: ServerState, body: GenerateBody) -> tuple[int, ...]:
     if (body.prompt_ids is None) == (body.prompt is None):
         raise InvalidRequest("give exactly one of prompt_ids and prompt", param="prompt_ids")
     if body.prompt_ids is not None:
         return checked_prompt(state, body.prompt_ids, param="prompt_ids")
-    return checked_prompt(state, state.tokenizer.encode_text(body.prompt or ""), param="prompt")
+    return checked_prompt(state, await encode_text(state, body.prompt or ""), param="prompt")
 
 
 class _Renderer:

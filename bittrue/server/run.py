@@ -24,6 +24,9 @@ from bittrue.text.grammar import GrammarCompiler
 from bittrue.text.tokenizer import Tokenizer
 
 _POLL_S = 0.05
+_IDLE_CONNECTION_S = (
+    75  # longer than clients keep theirs: the side that sends next should be the one that closes
+)
 _CLOSE_S = 2  # streams that were told of the end get this long to be written out
 
 
@@ -102,6 +105,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=_IDLE_CONNECTION_S,
                 timeout_graceful_shutdown=_CLOSE_S,
             )
         )

@@ -13,6 +13,7 @@ from bittrue.server.intake import read_body
 from bittrue.server.models import check_model
 from bittrue.server.protocol import BodyDecoder, DetokenizeBody, TokenizeBody
 from bittrue.server.state import state_of
+from bittrue.server.tokens import encode_text
 from bittrue.text.messages import parse_messages
 
 _DECODE_TOKENIZE = BodyDecoder(TokenizeBody)
@@ -37,7 +38,7 @@ async def tokenize(request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give exactly one of prompt and messages", param="prompt")
     if body.prompt is not None:
-        ids = await asyncio.to_thread(state.tokenizer.encode_text, body.prompt)
+        ids = await encode_text(state, body.prompt)
     else:
         messages = parse_messages(body.messages)
         encoded = await asyncio.to_thread(state.codec.encode_chat, messages, chat_options(state, body))

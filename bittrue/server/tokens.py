@@ -1,9 +1,24 @@
-"""How single tokens and log-probabilities are written in answers."""
+"""Text to tokens without stalling the streams, and how single tokens are written in answers."""
 
+import asyncio
+import time
+
+from bittrue.server.state import ServerState
 from bittrue.text.tokenizer import Tokenizer
 
-LONG_TEXT = 16_384  # characters; longer texts are tokenised in a thread, so that streams do not stall
+_LONG_TEXT = 16_384  # characters; longer texts are tokenised in a thread, so that streams do not stall
 _LEAST = -9999.0  # OpenAI's stand-in for a probability of zero, which JSON cannot write
+
+
+async def encode_text(state: ServerState, text: str) -> list[int]:
+    """Token ids of plain text. Raises InvalidRequest on text that is not valid Unicode."""
+    started_s = time.perf_counter()
+    if len(text) > _LONG_TEXT:
+        ids = await asyncio.to_thread(state.tokenizer.encode_text, text)
+    else:
+        ids = state.tokenizer.encode_text(text)
+    state.metrics.observe("bittrue_tokenize_seconds", time.perf_counter() - started_s)
+    return ids
 
 
 def token_name(tokenizer: Tokenizer, token_id: int) -> str:

@@ -135,6 +135,15 @@ def test_fit_stays_in_the_budget_and_wastes_less_than_a_unit(
         assert pages >= pages_for(max_context), "a second sequence came before the first had its full context"
 
 
+def test_memory_short_of_one_full_context_still_serves_many_sequences() -> None:
+    layout = published(SMALL)
+    million = 2**20
+    budget = layout.pool_bytes(pages_for(million) // 2, 0)
+    pages, slots = layout.fit(budget, max_sequences=64, max_context=million)
+    assert slots > 1
+    assert pages * layout.page_bytes >= 0.74 * budget
+
+
 def test_fit_refuses_sizes_that_make_no_sense() -> None:
     with pytest.raises(ConfigError, match="max_context"):
         published(SMALL).fit(10**9, max_sequences=1, max_context=0)

@@ -8,6 +8,8 @@ PORT ?= 8000
 # A checkpoint directory in the published layout. The default is generated: random weights, so its answers are noise.
 MODEL ?= models/generated/tiny
 BIN := .venv/bin
+# Threads that wait asleep: on a busy machine spinning costs more than it saves.
+export OMP_WAIT_POLICY = passive
 KERNEL_SOURCES := $(wildcard bittrue/ops/cpu/csrc/*)
 
 help: ## print the targets

@@ -24,7 +24,7 @@ Progress = Callable[[int, int, str], None]
 _CHUNK = 1 << 22  # values scanned at a time: bounds the memory of a check
 _WHOLE_BYTES = 1 << 16  # tensors up to this size enter weight_version whole
 _SAMPLE_BYTES = 1 << 12
-_MAX_SAMPLES = 2048  # every sample of a cold file makes the system read ahead 100 KiB and more
+_MAX_SAMPLES = 256  # every sample of a cold file makes the system read ahead 100 KiB and more
 _FORMATS: Mapping[torch.dtype, Literal["f32", "bf16", "fp8", "fp4"]] = {
     torch.float32: "f32",
     torch.bfloat16: "bf16",
@@ -126,10 +126,10 @@ def weight_digest(checkpoint: Checkpoint, *, progress: Progress | None = None) -
 def weight_version(checkpoint: Checkpoint) -> str:
     """A cheap identity of the loaded weights: 32 hex digits.
 
-    Over name, dtype and shape of every tensor, all bytes of small ones and 4 KiB from the middle of large
-    ones, of every n-th in name order where there are more than 2048. The version a server reports and the
-    first part of every prefix key: it tells apart models and training steps, which change every tensor; it
-    does not detect a few flipped bytes (weight_digest does).
+    Over name, dtype and shape of every tensor, all bytes of small ones, and 4 KiB from the middle of about
+    256 of the large ones, spread evenly. The version a server reports and the first part of every prefix
+    key: it tells apart models and training steps, which change every tensor; it does not detect a few
+    flipped bytes (weight_digest does).
     """
     digest = hashlib.blake2b(digest_size=16)
     items = list(checkpoint.all_tensors())

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from bittrue.errors import CheckpointError, UnsupportedModel
 from bittrue.model.inventory import DraftKind
 from bittrue.model.presets import Precision, make_checkpoint, random_tensors
-from bittrue.model.weights import load_checkpoint, weight, weight_digest, weight_version
+from bittrue.model.weights import Checkpoint, load_checkpoint, weight, weight_digest, weight_version
 
 INDEX = "model.safetensors.index.json"
 
@@ -379,3 +380,14 @@ def test_the_digest_sees_every_byte(copy: Callable[[str], Path]) -> None:
         path.write_bytes(raw)
         assert weight_digest(load_checkpoint(directory, verify=False)) != before
         raw[at] ^= 1
+
+
+def test_the_version_sees_a_new_training_step_where_only_some_tensors_are_sampled(sources: Path) -> None:
+    base = load_checkpoint(sources / "single")
+
+    def with_tensors(value: float) -> Checkpoint:
+        large = torch.full((40_000,), value)
+        return replace(base, tensors={f"layers.{i}.w1.weight": large for i in range(3000)})
+
+    assert weight_version(with_tensors(1.0)) == weight_version(with_tensors(1.0))
+    assert weight_version(with_tensors(1.0)) != weight_version(with_tensors(1.25))

@@ -33,7 +33,9 @@ class RunConfig(BaseModel):
     model: str = Field(
         min_length=1, description="Checkpoint directory: config.json, *.safetensors, tokenizer.json."
     )
-    served_name: str = Field("", description="Name clients use in `model`; empty = the directory's name.")
+    served_name: str = Field(
+        "", description="Names clients may use in `model`, by comma; empty = the directory's name."
+    )
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 picks a free one.")
     api_key: str = Field(
@@ -78,9 +80,15 @@ class RunConfig(BaseModel):
     )
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names clients may use in ``model``."""
+        given = tuple(name.strip() for name in self.served_name.split(",") if name.strip())
+        return given or (self.model.rstrip("/").rsplit("/", 1)[-1],)
+
+    @property
     def name(self) -> str:
-        """The name clients use in ``model``."""
-        return self.served_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+        """The first of the names: how the model is shown."""
+        return self.names[0]
 
     def public(self) -> dict[str, object]:
         """Every resolved knob by name, the key left out."""

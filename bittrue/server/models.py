@@ -25,9 +25,10 @@ class ModelList(msgspec.Struct):
 
 def check_model(state: ServerState, name: str | None) -> None:
     """Raises HttpRefused (404) for a name this server does not serve."""
-    if name is not None and name != state.config.name:
+    names = state.config.names
+    if name is not None and name not in names:
         raise HttpRefused(
-            f"the model {name!r} is not here; this server has {state.config.name!r}",
+            f"the model {name!r} is not here; this server has {', '.join(map(repr, names))}",
             status=404,
             code="model_not_found",
             param="model",
@@ -35,14 +36,16 @@ def check_model(state: ServerState, name: str | None) -> None:
 
 
 async def list_models(request: Request) -> Response:
-    return json_response(ModelList([_card(state_of(request))]))
+    state = state_of(request)
+    return json_response(ModelList([_card(state, name) for name in state.config.names]))
 
 
 async def show_model(request: Request) -> Response:
     state = state_of(request)
-    check_model(state, request.path_params["name"])
-    return json_response(_card(state))
+    name = request.path_params["name"]
+    check_model(state, name)
+    return json_response(_card(state, name))
 
 
-def _card(state: ServerState) -> ModelCard:
-    return ModelCard(state.config.name, state.created, state.max_context, state.weight_version)
+def _card(state: ServerState, name: str) -> ModelCard:
+    return ModelCard(name, state.created, state.max_context, state.weight_version)

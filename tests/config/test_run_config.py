@@ -120,4 +120,4 @@ def test_shown_config_hides_the_key_and_names_the_model() -> None:
     config = RunConfig(model="/models/tiny/", api_key="s3cret")
     assert "s3cret" not in str(config.public())
     assert config.name == "tiny"
-    assert RunConfig(model="x", served_name="y").name == "y"
+    assert RunConfig(model="x", served_name="y, z").names == ("y", "z")

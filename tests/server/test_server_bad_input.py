@@ -284,11 +284,14 @@ def test_metrics_stay_bounded_in_labels_whatever_paths_are_asked(server: LiveSer
 
 def test_missing_or_wrong_key_gets_401_but_health_needs_none(tmp_path: Path) -> None:
     write_model(tmp_path)
-    with LiveServer(tmp_path, {"api_key": "s3cret"}) as live:
+    with LiveServer(tmp_path, {"api_key": "s3cret", "served_name": f"{MODEL},alias"}) as live:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic s3cret"}):
             answer = live.post(TEXT, text(), headers=headers)
             assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
             assert live.http.get("/admin/stats", headers=headers).status_code == 401
         assert live.http.get("/health").status_code == 200
         assert live.post(TEXT, text(), headers={"authorization": "Bearer s3cret"}).status_code == 200
+        key = {"authorization": "Bearer s3cret"}
+        assert live.post(TEXT, text(model="alias"), headers=key).json()["model"] == "alias"
+        assert [m["id"] for m in live.http.get("/v1/models", headers=key).json()["data"]] == [MODEL, "alias"]
         assert "s3cret" not in "".join(live.log)

@@ -143,9 +143,9 @@ class KVLayout:
     def fit(self, budget_bytes: int, *, max_sequences: int, max_context: int) -> tuple[int, int]:
         """How many (pages, slots) to make of ``budget_bytes``: never more than ``max_sequences`` could use.
 
-        One slot and one page always; further slots, each with a page, out of at most a quarter of the budget; the
-        rest is pages. So a budget short of one full context still serves many short sequences at once, and a
-        long one has three quarters of it at least.
+        One slot and one page always; further slots, each with a page, out of at most a quarter of the
+        budget; the rest is pages. So a budget short of one full context still serves many short sequences
+        at once, and a long one has three quarters of it at least.
         Raises ConfigError when not even one slot and one page fit.
         """
         if max_sequences < 1 or max_context < 1:

@@ -29,6 +29,19 @@ def ops_under_test() -> list[Any]:
     return [pytest.param(REFERENCE, id="ref"), *cpu]
 
 
+def for_each_thread_count(run: Callable[[dict[str, Callable[..., Any]]], Tensor]) -> list[Tensor]:
+    """``run`` with the CPU kernels on 1, 2 and 5 threads; the process keeps the number it had."""
+    kernels = load_kernels()
+    ops, before, results = cache_ops(kernels), kernels.threads, []
+    try:
+        for threads in (1, 2, 5):
+            kernels.set_threads(threads)
+            results.append(run(ops))
+    finally:
+        kernels.set_threads(before)
+    return results
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Tokens start..end of sequence ``seq`` in one step; ``fold`` is where its HCA pool stands."""

@@ -1,7 +1,7 @@
 """Attention: against a dense float64 softmax of whole sequences, and against itself under any cut and mix."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pytest
@@ -11,6 +11,7 @@ from cache_steps import (
     Part,
     chunkings,
     f32_format,
+    for_each_thread_count,
     garbage,
     gather,
     ops_under_test,
@@ -71,10 +72,7 @@ class Layer:
         """The same layer with nothing but garbage in its window."""
         window = garbage(*self.cache.window.shape, dtype=torch.uint8)
         cache = LayerCache(self.kind, self.fmt, None, window, self.cache.rows)
-        return Layer(
-            self.ops, self.kind, self.fmt, self.window, self.q, self.rows, self.entries, self.ids, self.sink,
-            self.tables, cache,
-        )  # fmt: skip
+        return replace(self, cache=cache)
 
 
 def make(
@@ -231,6 +229,33 @@ def test_rejected_drafts_leave_no_trace_in_the_window(ops, max_draft):
         assert torch.equal(out[:keep], whole[start : start + keep])
         start += keep
     assert slot_of(0) != 0
+
+
+@pytest.mark.parametrize("parts", [[Part(0, 255, 256)], [Part(0, 100, 200)]])
+def test_threads_do_not_change_the_bits(parts):
+    """One token splits its heads over the threads, many are split between them; 16 of 200 heads per unit or
+    more."""
+    generator = torch.Generator().manual_seed(3)
+    layer = make({}, "hca", [256], name="fp8")
+    q = torch.randn(parts[0].end - parts[0].start, 200, C, generator=generator).bfloat16()
+    layer.cache.window.copy_(layer.rows[0][:128].expand(NUM_SLOTS, 128, -1))
+    args = (q, gather(layer.rows, parts), step(parts, layer.tables), layer.cache, None, torch.zeros(200))
+
+    def run(ops: dict[str, Callable[..., Any]]) -> Tensor:
+        return ops["attention"](*args, window=128, scale=SCALE, round_probs=True)
+
+    one, *others = for_each_thread_count(run)
+    assert not one.isnan().any()
+    assert all(torch.equal(other, one) for other in others)
+
+
+@pytest.mark.parametrize("ops", ops_under_test()[1:])
+def test_a_tensor_of_the_wrong_form_is_named(ops):
+    layer = make(ops, "window", [4])
+    with pytest.raises(ValueError, match="attention: sink must have shape"):
+        replace(layer, sink=layer.sink[:2]).run([Part(0, 0, 4)])
+    with pytest.raises(ValueError, match="attention: a window of 129 rows in a ring of 128"):
+        replace(make(ops, "window", [4]), window=129).run([Part(0, 0, 4)])
 
 
 @pytest.mark.parametrize("ops", ops_under_test())

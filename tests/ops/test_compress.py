@@ -13,6 +13,7 @@ from cache_steps import (
     compressor,
     f32_format,
     finish64,
+    for_each_thread_count,
     garbage,
     gather,
     ops_under_test,
@@ -216,6 +217,20 @@ def test_rejected_drafts_leave_no_trace(ops, kind, max_draft):
         start = kept
     drafted.run(u, gate, [Part(0, start, length, fold)])
     assert torch.equal(drafted.entries(0, length), plain.entries(0, length))
+
+
+@pytest.mark.parametrize("kind", ["csa", "hca"])
+def test_threads_do_not_change_the_entries(kind):
+    lengths = (300, 257)
+    u, gate = inputs(kind, lengths)
+
+    def run(ops: dict[str, Callable[..., Any]]) -> Tensor:
+        world = make(ops, kind, num_sequences=2)
+        world.run(u, gate, [Part(q, 0, length) for q, length in enumerate(lengths)])
+        return torch.cat((world.pages.flatten(), world.state[0].view(torch.uint8).flatten()))
+
+    one, *others = for_each_thread_count(run)
+    assert all(torch.equal(other, one) for other in others)
 
 
 @pytest.mark.parametrize("ops", ops_under_test())

@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from cache_steps import Part, f32_format, garbage, gather, ops_under_test, page_tables, step
+from cache_steps import (
+    Part,
+    f32_format,
+    for_each_thread_count,
+    garbage,
+    gather,
+    ops_under_test,
+    page_tables,
+    step,
+)
 from torch import Tensor
 
 from bittrue.config.formats import RowFormat
@@ -116,6 +125,18 @@ def test_the_choice_of_a_token_does_not_depend_on_its_step(ops, name):
     ):
         found = run(ops, q, weights, pages, tables, parts, fmt, k)
         assert torch.equal(found, gather(alone, parts))
+
+
+@pytest.mark.parametrize("parts", [[Part(0, 16_383, 16_384)], [Part(0, 16_300, 16_340)]])
+def test_threads_do_not_change_the_choice(parts):
+    """One token splits its keys over the threads, many are split between them."""
+    fmt, tables, generator = FORMATS["fp4"], page_tables(1, 128), torch.Generator().manual_seed(6)
+    pages = key_pages([torch.randn(4096, CI, generator=generator)], tables, fmt)
+    count = parts[0].end - parts[0].start
+    q = quant_fp4(torch.randn(count, HEADS, CI, generator=generator), 32)
+    args = (q, torch.randn(count, HEADS, generator=generator), step(parts, tables), pages, fmt)
+    one, *others = for_each_thread_count(lambda ops: ops["index_topk"](*args, k=100))
+    assert all(torch.equal(other, one) for other in others)
 
 
 @pytest.mark.parametrize("ops", ops_under_test())

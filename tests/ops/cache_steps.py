@@ -95,15 +95,14 @@ def gather(values: Sequence[Tensor], parts: Sequence[Part]) -> Tensor:
 
 
 def chunkings(length: int, seed: int) -> Iterator[list[int]]:
-    """Cut points of a sequence of ``length`` tokens: one piece, single tokens, and random ones."""
+    """Cut points of a sequence of ``length`` tokens: one piece, single tokens, and random pieces."""
     yield [0, length]
     yield list(range(length + 1))
     generator = torch.Generator().manual_seed(seed)
-    for typical in (3, 40):
-        cuts = [0]
-        while cuts[-1] < length:
-            cuts.append(min(length, cuts[-1] + int(torch.randint(1, 2 * typical, (), generator=generator))))
-        yield cuts
+    cuts = [0]
+    while cuts[-1] < length:
+        cuts.append(min(length, cuts[-1] + int(torch.randint(1, 50, (), generator=generator))))
+    yield cuts
 
 
 def steps_of(cuts: Sequence[Sequence[int]]) -> list[list[Part]]:

@@ -94,14 +94,15 @@ def main(fd: int) -> int:
         engine.close()
         return 0
     except BittrueError as error:
-        if engine is None:
-            send(refusal(None, error))
-            return EXIT_REFUSED
-        return _crashed()
+        if engine is not None:
+            return _crashed()
+        send(refusal(None, error))
+        return EXIT_REFUSED
     except Exception as error:  # noqa: BLE001  the engine's top: recorded, then the supervisor decides
+        code = _crashed()
         if engine is None:
             send(refusal(None, EngineDied(f"the engine could not start: {type(error).__name__}: {error}")))
-        return _crashed()
+        return code
 
 
 def _crashed() -> int:

@@ -263,8 +263,10 @@ class EngineClient:
             process.kill()
             raise
         if not isinstance(message, Ready):
+            code = (
+                await process.wait()
+            )  # first: at the end of the stream it would exit without its last words
             link.close()
-            code = await process.wait()
             if isinstance(message, Refused):
                 raise error_of(message)
             raise EngineDied(

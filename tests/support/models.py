@@ -62,8 +62,8 @@ def make_runner(
 def logits_of(runner: Runner, token_ids: Sequence[int], chunks: Sequence[int], *, slot: int = 0) -> Tensor:
     """Logits [T, V] of one sequence computed in ``chunks`` tokens a step, in pages dealt from the far end."""
     assert sum(chunks) == len(token_ids)
-    num_pages = max(c.rows.shape[0] for c in runner.caches if c.rows is not None)
     needed = -(-len(token_ids) // PAGE_TOKENS)
+    num_pages = max((c.rows.shape[0] for c in runner.caches if c.rows is not None), default=needed)
     page_ids = list(range(num_pages - 1, num_pages - 1 - needed, -1))
     parts, start = [], 0
     for count in chunks:

@@ -1,7 +1,7 @@
 """The JSON bodies clients send: strict structs, and how a bad body becomes an error that names the field."""
 
 import re
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -134,9 +134,6 @@ class DetokenizeBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     tokens: list[TokenId]
 
 
-Body = TypeVar("Body", bound=msgspec.Struct)
-
-
 class BodyDecoder:
     """Turns request bodies into structs of one type."""
 
@@ -159,12 +156,6 @@ class BodyDecoder:
             raise InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json") from error
         except RecursionError as error:
             raise InvalidRequest("the body is nested too deeply; a thousand levels is too many") from error
-
-
-def decode(body_type: type[Body], body: bytes) -> Body:
-    """The body as ``body_type``. Raises InvalidRequest naming the field."""
-    decoded: Body = BodyDecoder(body_type)(body)
-    return decoded
 
 
 _AT = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?$", re.DOTALL)

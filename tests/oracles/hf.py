@@ -1,5 +1,6 @@
 """Hugging Face transformers' DeepSeek-V4 in float32, built from a checkpoint in the published layout."""
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -63,9 +64,9 @@ TOP_NAMES = {
 
 def build_hf(raw_config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> DeepseekV4ForCausalLM:
     """The model in float32 with the same weights, FP8 and FP4 dequantised exactly. Drafts are left out."""
-    raw = {
-        key: value for key, value in raw_config.items() if key not in ("quantization_config", "expert_dtype")
-    }
+    left_out = ("quantization_config", "expert_dtype")
+    # A copy: transformers writes into the rope dictionaries it is given.
+    raw = {key: copy.deepcopy(value) for key, value in raw_config.items() if key not in left_out}
     with quiet():
         config = DeepseekV4Config(**{**raw, "torch_dtype": "float32"}, attn_implementation="eager")
         model = DeepseekV4ForCausalLM(config).float().eval()

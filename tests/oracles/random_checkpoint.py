@@ -1,5 +1,6 @@
 """Random small checkpoints in the published layout, made without the package: config fields and tensors."""
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -145,7 +146,7 @@ def random_checkpoint(
     unknown = set(overrides) - set(SMALL)
     if unknown:
         raise ValueError(f"unknown config fields {sorted(unknown)}")
-    config = {**SMALL, **overrides, "torch_dtype": "float32" if precision == "f32" else "bfloat16"}
+    config = {**copy.deepcopy(SMALL), **overrides, "torch_dtype": "float32" if precision == "f32" else "bfloat16"}
     if precision in ("fp8", "fp4"):
         config["quantization_config"] = dict(FP8_CONFIG)
     if precision == "fp4":

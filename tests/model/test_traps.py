@@ -1,8 +1,9 @@
-"""Springs the known traps of the architecture (spec 7.5) one by one: each moves the logits beyond the tolerance.
+"""Springs the known traps of the architecture (spec 7.5) one by one: each moves the logits beyond the
+tolerance.
 
-Each variant is the real model with one op replaced by the mistake; the oracle is the independent simulation. The
-traps that are not arithmetic (names, config, encoder, formats) are tested where they live; docs/numerics.md lists
-all of them.
+Each variant is the real model with one op replaced by the mistake; the oracle is the independent
+simulation. The traps that are not arithmetic (names, config, encoder, formats) are tested where they live;
+docs/numerics.md lists all of them.
 """
 
 import dataclasses

@@ -146,7 +146,8 @@ def random_checkpoint(
     unknown = set(overrides) - set(SMALL)
     if unknown:
         raise ValueError(f"unknown config fields {sorted(unknown)}")
-    config = {**copy.deepcopy(SMALL), **overrides, "torch_dtype": "float32" if precision == "f32" else "bfloat16"}
+    torch_dtype = "float32" if precision == "f32" else "bfloat16"
+    config = {**copy.deepcopy(SMALL), **overrides, "torch_dtype": torch_dtype}
     if precision in ("fp8", "fp4"):
         config["quantization_config"] = dict(FP8_CONFIG)
     if precision == "fp4":

@@ -43,7 +43,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("tiny", 0, "bf16", tmp_path_factory.mktemp("verify") / "tiny")
 
 
-def run_verb(model: Path, capsys: pytest.CaptureFixture[str], **options: object) -> tuple[int, dict[str, object]]:
+def run_verb(
+    model: Path, capsys: pytest.CaptureFixture[str], **options: object
+) -> tuple[int, dict[str, object]]:
     code = verb.verify(model, json=True, rounds=1, **options)  # type: ignore[arg-type]
     return code, json.loads(capsys.readouterr().out)
 
@@ -69,7 +71,8 @@ def test_the_verb_fails_on_a_reduction_that_depends_on_the_batch(
 
 def test_the_longest_prompt_makes_the_index_choose(tiny: Path) -> None:
     engine = Engine(tiny, kv_memory="32MiB", threads=1)
-    assert max(probe_lengths(engine, max_tokens=2400)) == selection_length(engine) > 4 * engine.config.index_topk
+    longest = max(probe_lengths(engine, max_tokens=2400))
+    assert longest == selection_length(engine) > 4 * engine.config.index_topk
     assert max(probe_lengths(engine, max_tokens=100)) == 100
 
 

@@ -15,9 +15,10 @@ VERBS = {
     "verify": ("bittrue.cli.verify:verify", "Check the laws on a checkpoint and this machine."),
     "convert": ("bittrue.cli.convert:convert", "Convert checkpoints, or make a small random one."),
     "ops check": ("bittrue.cli.ops:check", "Check every kernel against the reference."),
+    "bench ops": ("bittrue.cli.bench:ops", "Time every op."),
     "docs": ("bittrue.cli.docs:docs", "Write the pages of docs/ the program itself knows."),
 }
-_GROUP_HELP = {"ops": "Look at the arithmetic by itself."}
+_GROUP_HELP = {"ops": "Look at the arithmetic by itself.", "bench": "Measure speed."}
 EXIT_USAGE = 2
 _EXIT_INTERRUPTED = 130
 

@@ -89,3 +89,10 @@ def test_a_name_that_no_page_has_is_missing() -> None:
 
 def test_knobs_stay_within_their_budget() -> None:
     assert len(RunConfig.model_fields) <= 60
+
+
+def test_the_changelog_begins_with_the_version_of_the_package() -> None:
+    declared = re.search(r'^version = "([^"]+)"', (REPOSITORY / "pyproject.toml").read_text(), re.M)
+    newest = re.search(r"^## (\S+)", (REPOSITORY / "CHANGELOG.md").read_text(), re.M)
+    assert declared is not None and newest is not None
+    assert newest[1] == declared[1]

@@ -51,6 +51,8 @@ _FIXED_QUANTIZATION: Mapping[str, tuple[Any, ...]] = {
     "scale_fmt": ("ue8m0",),
     "weight_block_size": ([128, 128],),
 }
+_MAX_STREAMS = 8  # what the kernels have room for (MAX_STREAMS of hyper.cpp)
+_MAX_POSITIONS = 2**24  # rotary angles begin as float32 positions: beyond, neighbours would be equal
 _V41_FIELDS = (
     "candidate_",
     "engram_",
@@ -434,6 +436,13 @@ def _check_together(c: ModelConfig) -> None:
         ("index_head_dim", index_dim, index_dim & (index_dim - 1) == 0, "must be a power of 2"),
         ("o_groups", c.o_groups, c.num_heads % c.o_groups == 0, f"must divide the {c.num_heads} heads"),
         ("num_experts_per_tok", top, top <= c.num_experts, f"must be at most {c.num_experts}"),
+        ("hc_mult", c.hc_mult, c.hc_mult <= _MAX_STREAMS, f"must be at most {_MAX_STREAMS}"),
+        (
+            "max_position_embeddings",
+            c.max_positions,
+            c.max_positions <= _MAX_POSITIONS,
+            f"must be at most {_MAX_POSITIONS}",
+        ),
         ("num_hash_layers", c.num_hash_layers, c.num_hash_layers <= c.num_layers, "exceeds the layers"),
         ("bos_token_id", c.bos_id, c.bos_id < c.vocab_size, in_vocab),
         ("eos_token_id", c.eos_id, c.eos_id < c.vocab_size, in_vocab),

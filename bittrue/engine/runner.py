@@ -22,6 +22,12 @@ class Runner:
         self.model = model
         self.caches = list(caches)
 
+    @property
+    def max_draft(self) -> int:
+        """How many tokens of a step its sequence may take back: the rows its HCA layers keep unfolded."""
+        pending = [cache.hca_pending for cache in self.caches if cache.hca_pending is not None]
+        return int(pending[0].shape[1]) if pending else 0
+
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Advances every segment's sequence by its tokens. Returns the last streams [T, M, D], segments in

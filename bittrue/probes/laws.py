@@ -71,14 +71,16 @@ class LawProbe:
             page_ids.append(pages[:needed])
             pages = pages[needed:]
         done = [0] * len(prompts)
+        folds = [0] * len(prompts)
         rows: list[list[Tensor]] = [[] for _ in prompts]
         for step in schedule:
             segments = []
             for index, count in step:
                 start = done[index]
                 tokens = prompts[index][start : start + count]
-                segments.append(Segment(tokens, start, start, slots[index], page_ids[index]))
+                segments.append(Segment(tokens, start, folds[index], slots[index], page_ids[index]))
                 done[index] += count
+                folds[index] = max(folds[index], done[index] - self.runner.max_draft)
             streams = self.runner.forward(segments)
             logits = torch.cat([x for _, x in self.runner.logits_by_block(streams, range(len(streams)))])
             for (index, _), part in zip(step, torch.split(logits, [n for _, n in step]), strict=True):

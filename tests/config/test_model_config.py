@@ -144,6 +144,8 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("index_head_dim", 96, "index_head_dim"),
     ("o_groups", 7, "o_groups"),
     ("num_experts_per_tok", 257, "num_experts_per_tok"),
+    ("hc_mult", 9, "hc_mult"),
+    ("max_position_embeddings", 2**24 + 1, "max_position_embeddings"),
     ("num_hash_layers", 44, "num_hash_layers"),
     ("eos_token_id", [1, 2], "eos_token_id"),
     ("moe_intermediate_size", 2040, "moe_intermediate_size"),

@@ -117,15 +117,36 @@ def check(
 ) -> None:
     """ValueError naming ``op`` and ``name`` unless the tensor is on the CPU, contiguous, of ``shape`` (None
     matches any size, shape None any shape) and of one of ``dtypes`` (none given: any)."""
+    # A decode step makes hundreds of these calls: the words are found only when something is wrong.
+    if (
+        (not dtypes or tensor.dtype in dtypes)
+        and (shape is None or _has_shape(tensor.shape, shape))
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+    ):
+        return
+    raise ValueError(f"{op}: {name} {_fault(tensor, shape, dtypes)}")
+
+
+def _has_shape(got: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    if got == wanted:
+        return True
+    if None not in wanted or len(got) != len(wanted):
+        return False
+    for g, w in zip(got, wanted, strict=True):  # noqa: SIM110 - all() over a generator takes twice as long
+        if w is not None and w != g:
+            return False
+    return True
+
+
+def _fault(tensor: Tensor, shape: tuple[int | None, ...] | None, dtypes: tuple[torch.dtype, ...]) -> str:
+    """What is wrong with a tensor that ``check`` refuses."""
     if dtypes and tensor.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(f"{op}: {name} must be {wanted}, not {str(tensor.dtype).removeprefix('torch.')}")
-    if shape is not None:
-        got = tuple(tensor.shape)
-        if len(got) != len(shape) or any(w is not None and w != g for w, g in zip(shape, got, strict=True)):
-            wanted = ", ".join("*" if w is None else str(w) for w in shape)
-            raise ValueError(f"{op}: {name} must have shape [{wanted}], not {list(got)}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{op}: {name} must be on the CPU, not on {tensor.device}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous; its strides are {tensor.stride()}")
+        return f"must be {wanted}, not {str(tensor.dtype).removeprefix('torch.')}"
+    if shape is not None and not _has_shape(tensor.shape, shape):
+        wanted = ", ".join("*" if w is None else str(w) for w in shape)
+        return f"must have shape [{wanted}], not {list(tensor.shape)}"
+    if not tensor.is_cpu:
+        return f"must be on the CPU, not on {tensor.device}"
+    return f"must be contiguous; its strides are {tensor.stride()}"

@@ -1,0 +1,125 @@
+"""Drafts that are rejected leave no trace: logits equal those of a run that never drafted, bit for bit."""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from oracles.random_checkpoint import random_checkpoint
+from support.models import logits_of, make_runner, random_ids
+from torch import Tensor
+
+from bittrue.config.formats import Level
+from bittrue.engine.runner import Runner
+from bittrue.kv.layout import pages_for
+from bittrue.model.batch import Segment
+from bittrue.ops.numeric import first_difference
+
+MAX_DRAFT = 5
+NUM_PAGES = 16
+# Around the CSA ratio, the window and one and two HCA windows; index top-k (16 rows) bites from 64 on.
+LENGTHS = (9, 140, 271)
+VARIANTS = {
+    "maths-f32": ("f32", "maths", "f32"),
+    "maths-bf16": ("bf16", "maths", "bf16"),
+    "published-fp8": ("fp8", "published", "bf16"),
+    "published-fp4": ("fp4", "published", "bf16"),
+}
+
+
+@dataclass
+class Drafted:
+    """One sequence that is run with drafts: ``tokens`` are the true ones, ``done`` of them accepted."""
+
+    tokens: list[int]
+    slot: int
+    page_ids: list[int]
+    done: int = 0
+    fold: int = 0
+    rows: list[Tensor] = field(default_factory=list)
+
+    def next_step(self, rng: random.Random, vocab: int, longest_draft: int) -> tuple[Segment, int]:
+        """A chunk of true tokens, then a draft: some right tokens and some wrong ones.
+
+        Returns how many tokens of the segment stay.
+        """
+        left = len(self.tokens) - self.done
+        sure = min(left, rng.choice((1, 1, 1, 1, 2, 3, 7, 60, 130)))
+        right = min(left - sure, rng.randrange(longest_draft + 1))
+        wrong = rng.randrange(longest_draft - right + 1)
+        stays = self.tokens[self.done : self.done + sure + right]
+        drafted = [*stays, *(rng.randrange(vocab) for _ in range(wrong))]
+        return Segment(drafted, self.done, self.fold, self.slot, self.page_ids), len(stays)
+
+    def take(self, segment: Segment, logits: Tensor, stays: int, max_draft: int) -> None:
+        self.rows.append(logits[:stays])
+        self.done += stays
+        # The next step may start before the end of this one; the running pool stays where it was folded to.
+        self.fold = max(self.fold, segment.start + len(segment.token_ids) - max_draft)
+
+
+def run_with_drafts(
+    runner: Runner, prompts: list[list[int]], seed: int, *, longest_draft: int = MAX_DRAFT
+) -> list[Tensor]:
+    """Logits of every prompt's positions; in each step some of the sequences advance, in any order."""
+    rng = random.Random(seed)
+    vocab = runner.model.config.vocab_size
+    pages = rng.sample(range(NUM_PAGES), NUM_PAGES)
+    sequences = []
+    for slot, prompt in enumerate(prompts):
+        needed = pages_for(len(prompt) + longest_draft)
+        sequences.append(Drafted(prompt, slot, pages[:needed]))
+        pages = pages[needed:]
+    while live := [s for s in sequences if s.done < len(s.tokens)]:
+        chosen = rng.sample(live, rng.randint(1, len(live)))
+        steps = [s.next_step(rng, vocab, longest_draft) for s in chosen]
+        streams = runner.forward([segment for segment, _ in steps])
+        logits = torch.cat([x for _, x in runner.logits_by_block(streams, range(len(streams)))])
+        parts = torch.split(logits, [len(segment.token_ids) for segment, _ in steps])
+        for sequence, (segment, stays), part in zip(chosen, steps, parts, strict=True):
+            sequence.take(segment, part, stays, runner.max_draft)
+    return [torch.cat(s.rows) for s in sequences]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rejected_drafts_change_no_bit(variant: str) -> None:
+    precision, level, act = VARIANTS[variant]
+    raw, tensors = random_checkpoint(3, precision=precision)
+    plain = make_runner(raw, tensors, level=level, act=act)
+    drafting = make_runner(raw, tensors, level=level, act=act, pages=NUM_PAGES, max_draft=MAX_DRAFT)
+    prompts = [random_ids(n, raw["vocab_size"], seed=n) for n in LENGTHS]
+    expected = [logits_of(plain, prompt, [len(prompt)]) for prompt in prompts]
+    for seed in range(6):
+        for prompt, want, got in zip(prompts, expected, run_with_drafts(drafting, prompts, seed), strict=True):
+            assert first_difference(want, got) is None, (len(prompt), first_difference(want, got))
+
+
+@pytest.mark.parametrize("level", ["maths", "published"])
+def test_a_draft_may_close_whole_windows(level: Level) -> None:
+    raw, tensors = random_checkpoint(6, precision="bf16")
+    prompt = random_ids(400, raw["vocab_size"], seed=3)
+    expected = logits_of(make_runner(raw, tensors, level=level, act="bf16"), prompt, [len(prompt)])
+    runner = make_runner(raw, tensors, level=level, act="bf16", pages=NUM_PAGES, max_draft=150)
+    for seed in range(3):
+        got = run_with_drafts(runner, [prompt], seed, longest_draft=150)[0]
+        assert first_difference(expected, got) is None, seed
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+def test_a_draft_longer_than_the_rings_allow_is_noticed(ratio: int) -> None:
+    raw, tensors = random_checkpoint(4, num_hidden_layers=2, compress_ratios=[ratio, ratio, 0])
+    prompt = random_ids(271, raw["vocab_size"], seed=1)
+    expected = logits_of(make_runner(raw, tensors), prompt, [len(prompt)])
+    small = make_runner(raw, tensors, pages=NUM_PAGES, max_draft=1)
+    got = run_with_drafts(small, [prompt], 0, longest_draft=9)[0]
+    assert first_difference(expected, got) is not None
+
+
+def test_room_for_drafts_changes_no_bit_of_a_run_without_them() -> None:
+    raw, tensors = random_checkpoint(5)
+    prompt = random_ids(271, raw["vocab_size"], seed=2)
+    expected = logits_of(make_runner(raw, tensors), prompt, [len(prompt)])
+    for max_draft in (1, 127, 128, 200):
+        runner = make_runner(raw, tensors, pages=NUM_PAGES, max_draft=max_draft)
+        got = run_with_drafts(runner, [prompt], max_draft, longest_draft=0)[0]
+        assert first_difference(expected, got) is None, max_draft

@@ -90,7 +90,9 @@ def test_rejected_drafts_change_no_bit(variant: str) -> None:
     prompts = [random_ids(n, raw["vocab_size"], seed=n) for n in LENGTHS]
     expected = [logits_of(plain, prompt, [len(prompt)]) for prompt in prompts]
     for seed in range(6):
-        for prompt, want, got in zip(prompts, expected, run_with_drafts(drafting, prompts, seed), strict=True):
+        for prompt, want, got in zip(
+            prompts, expected, run_with_drafts(drafting, prompts, seed), strict=True
+        ):
             assert first_difference(want, got) is None, (len(prompt), first_difference(want, got))
 
 

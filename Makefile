@@ -6,7 +6,8 @@
 PYTHON ?= python3
 PORT ?= 8000
 # A checkpoint directory in the published layout. The default is generated: random weights, so its answers are noise.
-MODEL ?= models/generated/tiny
+GENERATED := models/generated/tiny
+MODEL ?= $(GENERATED)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # Threads that wait asleep: on a busy machine spinning costs more than it saves.
@@ -32,10 +33,12 @@ setup: .venv/.built ## create .venv, install the pinned dependencies, build the 
 
 kernels: .venv/.built ## build the CPU kernels again if their sources changed
 
-models/generated/tiny: .venv/.built
-	$(BIN)/bittrue convert models/generated/tiny --random 0 --preset tiny --precision bf16
+# Only its absence counts: rebuilt kernels do not make it stale.
+$(GENERATED): | .venv/.built
+	$(BIN)/bittrue convert $@ --random 0 --preset tiny --precision bf16
 
-serve: .venv/.built $(MODEL) ## serve MODEL (default: a generated one whose answers are noise) on PORT (8000)
+serve: .venv/.built $(filter $(GENERATED),$(MODEL)) ## serve MODEL (default: a generated one whose answers are noise) on PORT (8000)
+	@test "$(MODEL)" != "$(GENERATED)" || echo "make: $(GENERATED) has random weights: its answers are noise; serve your own with MODEL=DIR" >&2
 	$(BIN)/bittrue serve $(MODEL) --port $(PORT)
 
 test: .venv/.built ## tests that need no GPU and no network, under 5 minutes on 2 cores

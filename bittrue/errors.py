@@ -45,10 +45,10 @@ class PromptTooLong(UsageError):
 
     code = "context_length_exceeded"
 
-    def __init__(self, *, num_tokens: int, limit: int) -> None:
+    def __init__(self, *, num_tokens: int, limit: int, knob: str = "--max-context") -> None:
         super().__init__(
             f"the prompt has {num_tokens} tokens, but the context of this server is {limit} tokens; "
-            "shorten the prompt or start the server with a larger --max-context"
+            f"shorten the prompt or start the server with a larger {knob}"
         )
         self.num_tokens = num_tokens
         self.limit = limit

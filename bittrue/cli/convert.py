@@ -78,7 +78,8 @@ def _convert_files(
     max_shard_bytes: int,
 ) -> Path:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bars:
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         reading = bars.add_task("reading", total=None)
         writing = bars.add_task("writing", total=None, start=False)
 

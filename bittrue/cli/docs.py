@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from bittrue import errors
 from bittrue.cli.main import build_app
-from bittrue.config.run import RunConfig, knob_help
+from bittrue.config.run import RunConfig, knob_choices, knob_default
 from bittrue.obs.metrics import METRICS
 
 _EXIT_CODES = """
@@ -77,10 +77,10 @@ def cli_page() -> str:
 def config_page() -> str:
     rows = []
     for name, field in RunConfig.model_fields.items():
-        kind = _type_name(field.annotation)
-        text = knob_help()[name].split(" [default: ")[0]
-        default = "required" if field.is_required() else _default(field.default)
-        rows.append(_row(f"`{name}`", kind, default, text))
+        kind = ", ".join(f"`{choice}`" for choice in knob_choices(name)) or _type_name(field.annotation)
+        default = f"`{knob_default(name)}`" if field.default != "" else "none"
+        default = "required" if field.is_required() else default
+        rows.append(_row(f"`{name}`", kind, default, field.description or ""))
     return _CONFIG_HEAD + "".join(rows)
 
 
@@ -93,7 +93,8 @@ def errors_page() -> str:
     rows = []
     for name, member in inspect.getmembers(errors, inspect.isclass):
         if issubclass(member, errors.BittrueError):
-            meaning = (inspect.getdoc(member) or "").splitlines()[0]
+            # The first paragraph, in the page's spelling of code.
+            meaning = " ".join((inspect.getdoc(member) or "").split("\n\n")[0].split()).replace("``", "`")
             row = (f"`{name}`", str(member.status), f"`{member.code}`", str(member.exit_code), meaning)
             rows.append(_row(*row))
     return _ERRORS_HEAD + "".join(rows)
@@ -104,16 +105,7 @@ def _row(*cells: str) -> str:
 
 
 def _type_name(annotation: object) -> str:
-    choices = getattr(annotation, "__args__", None)
-    if choices:
-        return ", ".join(f"`{choice}`" for choice in choices)
     return getattr(annotation, "__name__", str(annotation))
-
-
-def _default(value: object) -> str:
-    if isinstance(value, bool):
-        return "`true`" if value else "`false`"
-    return f"`{value}`" if value != "" else "none"
 
 
 PAGES = {"cli.md": cli_page, "config.md": config_page, "metrics.md": metrics_page, "errors.md": errors_page}

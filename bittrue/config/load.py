@@ -56,4 +56,6 @@ def _as_config_error(error: ValidationError) -> ConfigError:
         return ConfigError(
             f"the knob {field} has no value; give it in the config file or as a flag", field=field
         )
+    if first["type"] == "value_error":  # our own text, which quotes the input
+        return ConfigError(f"{field}: {first['ctx']['error']}", field=field)
     return ConfigError(f"{field}: {first['msg']}, got {first['input']!r}", field=field)

@@ -33,48 +33,32 @@ class RunConfig(BaseModel):
     model: str = Field(
         min_length=1, description="Checkpoint directory: config.json, *.safetensors, tokenizer.json."
     )
-    served_name: str = Field(
-        "", description="Names clients may use in `model`, by comma; empty = the directory's name."
-    )
-    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for every interface.")
+    served_name: str = Field("", description="Names of the model, by comma; empty = the directory's.")
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 = every one.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 picks a free one.")
-    api_key: str = Field(
-        "", description="Key clients must send as `Authorization: Bearer KEY`; empty = none."
-    )
+    api_key: str = Field("", description="Key clients send as `Authorization: Bearer KEY`; empty = none.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where tensors live.")
-    backend: Literal["cpu", "reference"] = Field(
-        "cpu", description="Kernels: fast ones, or the slow definition."
-    )
-    isa: Literal["auto", "avx2", "avx512"] = Field("auto", description="CPU instruction set of the kernels.")
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the kernels; 0 = every core.")
+    backend: Literal["cpu", "reference"] = Field("cpu", description="Fast kernels, or the slow definition.")
+    isa: Literal["auto", "avx2", "avx512"] = Field("auto", description="CPU instruction set.")
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads; 0 = every core.")
     level: Literal["auto", "maths", "published"] = Field(
         "auto",
-        description="Numeric level: plain maths, or the published quantisation rules; auto = the model's.",
+        description="Plain maths, or published quantisation; auto = the model's.",
     )
     act: Literal["auto", "f32", "bf16"] = Field(
         "auto", description="Activation dtype; auto = the checkpoint's."
     )
-    max_context: int = Field(0, ge=0, description="Tokens of prompt plus output; 0 = the model's own limit.")
-    kv_memory: Bytes = Field(2**30, ge=2**16, description="Bytes for pages and states, e.g. 4GiB.")
-    max_step_tokens: int = Field(
-        512, ge=1, description="Most tokens in one engine step (prefill chunk plus decodes)."
-    )
+    max_context: int = Field(0, ge=0, description="Tokens of prompt plus output; 0 = the model's limit.")
+    kv_memory: Bytes = Field(2**30, ge=2**16, description="Bytes for pages and states.")
+    max_step_tokens: int = Field(512, ge=1, description="Most tokens in one engine step.")
     max_running: int = Field(64, ge=1, description="Most sequences in one step.")
-    max_queue: int = Field(256, ge=0, description="Most sequences waiting; beyond it a request gets 429.")
-    max_body_bytes: Bytes = Field(
-        32 * 2**20, ge=1024, description="Largest request body, in bytes; beyond it 413."
-    )
-    max_logprobs: int = Field(20, ge=0, le=1024, description="Most rivals a request may ask for per token.")
-    thinking: bool = Field(
-        False, description="Whether chat requests that do not say so reason before they answer."
-    )
-    drain_timeout_s: float = Field(30.0, ge=0, description="Seconds unfinished requests get after SIGTERM.")
-    keepalive_s: float = Field(
-        10.0, gt=0, description="Seconds of silence in a stream before a comment line is sent."
-    )
-    max_restarts: int = Field(
-        5, ge=0, description="Restarts of a dying engine process, without a token in between."
-    )
+    max_queue: int = Field(256, ge=0, description="Most sequences waiting; beyond it: 429.")
+    max_body_bytes: Bytes = Field(32 * 2**20, ge=1024, description="Bytes of the largest body; beyond it: 413.")
+    max_logprobs: int = Field(20, ge=0, le=1024, description="Most top_logprobs per token.")
+    thinking: bool = Field(False, description="Reason first where a chat request does not say.")
+    drain_timeout_s: float = Field(30.0, ge=0, description="Seconds to finish after SIGTERM.")
+    keepalive_s: float = Field(10.0, gt=0, description="Seconds of silence before a comment line.")
+    max_restarts: int = Field(5, ge=0, description="Engine restarts without a token in between.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least level of log lines."
     )
@@ -99,12 +83,26 @@ def knob_help() -> dict[str, str]:
     """One line per knob: what it is, then its default."""
     lines = {}
     for name, field in RunConfig.model_fields.items():
-        default = "" if field.is_required() else f" [default: {_shown(field.default)}]"
-        lines[name] = f"{field.description}{default}"
+        notes = [" | ".join(knob_choices(name))] if knob_choices(name) else []
+        if not field.is_required() and field.default != "":
+            notes.append(f"default: {knob_default(name)}")
+        lines[name] = f"{field.description} [{'; '.join(notes)}]" if notes else f"{field.description}"
     return lines
 
 
-def _shown(value: object) -> str:
+def knob_choices(name: str) -> tuple[str, ...]:
+    """The values of a knob that has a closed list of them."""
+    return tuple(getattr(RunConfig.model_fields[name].annotation, "__args__", ()))
+
+
+def knob_default(name: str) -> str:
+    """The default as one would type it; sizes with their unit."""
+    field = RunConfig.model_fields[name]
+    value = field.default
     if isinstance(value, bool):
         return "true" if value else "false"
-    return str(value) if value != "" else "none"
+    if any(isinstance(note, BeforeValidator) for note in field.metadata):
+        for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+            if value % size == 0:
+                return f"{value // size}{unit}"
+    return str(value)

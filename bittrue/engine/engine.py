@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bittrue.config.run import RunConfig
-from bittrue.engine.assembly import Assembly, assemble
+from bittrue.engine.assembly import Assembly, Progress, assemble
 from bittrue.engine.output import Ending, Output
 from bittrue.engine.plan import ScheduledSequence, SequenceOutput, StepPlan
 from bittrue.engine.sampler import SampleInput, sample, token_logprob
@@ -34,9 +34,16 @@ class Engine:
     on it.
     """
 
-    def __init__(self, model: str | Path, run: RunConfig | None = None, **knobs: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        run: RunConfig | None = None,
+        *,
+        progress: Progress | None = None,
+        **knobs: Any,
+    ) -> None:
         self.run = run if run is not None else RunConfig(model=str(model), **knobs)
-        self.parts: Assembly = assemble(self.run)
+        self.parts: Assembly = assemble(self.run, progress=progress)
         parts = self.parts
         self.config = parts.config
         self.max_context = parts.max_context
@@ -161,6 +168,11 @@ class Engine:
     # ---- one step ----------------------------------------------------------------------------------------
 
     def _run(self, plan: StepPlan) -> list[TokenEvent]:
+        now_s = time.monotonic()
+        for seq_id in plan.admitted:
+            output = self._outputs[seq_id]
+            if output.queued_s is None:
+                output.queued_s = now_s - self._scheduler.sequence(seq_id).arrived_at
         segments = [self._segment(part) for part in plan.sequences]
         streams = self._runner.forward(segments)
         offsets = list(itertools.accumulate((part.num_tokens for part in plan.sequences), initial=0))
@@ -291,6 +303,8 @@ class Engine:
             entries = output.prompt_logprobs
             prompt_logprobs = tuple(entries.get(i) for i in range(len(output.request.prompt)))
             output.is_prompt_reported = True
+        queued_s = None if output.is_begun else output.queued_s
+        output.is_begun = True
         return TokenEvent(
             request_id=output.request.request_id,
             token_ids=tokens,
@@ -299,5 +313,6 @@ class Engine:
             finish_reason=None if ending is None else ending.reason,
             stop_match=None if ending is None else ending.match,
             num_prompt_tokens=len(output.request.prompt),
+            queued_s=queued_s,
             error=None if ending is None else ending.error,
         )

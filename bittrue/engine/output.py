@@ -33,6 +33,8 @@ class Output:
     generated: list[int] = field(default_factory=list)
     prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
     is_prompt_reported: bool = False
+    queued_s: float | None = None  # seconds from arrival to the first step that served it
+    is_begun: bool = False  # an event has been sent
 
     @property
     def next_position(self) -> int:

@@ -30,6 +30,8 @@ from bittrue.engine.wire import (
     refusal,
 )
 from bittrue.errors import BittrueError, EngineDied
+from bittrue.obs.log import Log
+from bittrue.obs.progress import LoadProgress
 
 EXIT_REFUSED = 2  # the engine could not be built; the reason was sent
 EXIT_CRASHED = 70  # an unforeseen error; its traceback is on stderr
@@ -59,7 +61,12 @@ class ServedEngine(Protocol):
     def close(self) -> None: ...
 
 
-EngineFactory = Callable[[str, RunConfig], ServedEngine]
+class EngineFactory(Protocol):
+    """Builds the engine; ``progress`` is told (bytes done, bytes in all, tensor at hand)."""
+
+    def __call__(
+        self, model: str, run: RunConfig, *, progress: Callable[[int, int, str], None]
+    ) -> ServedEngine: ...
 
 
 def main(fd: int) -> int:
@@ -115,7 +122,8 @@ def _build(hello: Hello) -> ServedEngine:
     config = run_config_from_json(hello.run_config)
     module_name, _, attribute = hello.factory.partition(":")
     factory: EngineFactory = getattr(importlib.import_module(module_name), attribute)
-    return factory(config.model, config)
+    with LoadProgress(Log(sys.stderr, config.log_level), config.model) as progress:
+        return factory(config.model, config, progress=progress)
 
 
 def _read_messages(link: socket.socket, inbox: "queue.SimpleQueue[ToEngine]") -> None:

@@ -32,7 +32,7 @@ from bittrue.engine.wire import (
     error_of,
     frame,
 )
-from bittrue.errors import BittrueError, EngineDied, QueueFull
+from bittrue.errors import BittrueError, EngineDied, InvalidRequest, QueueFull
 from bittrue.obs.log import Log
 from bittrue.obs.metrics import Metrics
 
@@ -187,10 +187,17 @@ class EngineClient:
         return None if self._link is None else self._link.process.pid
 
     def open(self, requests: Sequence[Request]) -> EventChannel:
-        """Submits sequences, all or none. Raises QueueFull, or EngineDied when there is no engine."""
+        """Submits sequences, all or none. Raises QueueFull, InvalidRequest for more than ever fit,
+        EngineDied when there is no engine."""
         if self._dead is not None:
             raise self._dead
         limit = self.config.max_running + self.config.max_queue
+        if len(requests) > limit:
+            raise InvalidRequest(
+                f"the request makes {len(requests)} sequences, but this server takes at most {limit} "
+                "(max_running + max_queue) at a time; send fewer prompts or a smaller n",
+                param="n",
+            )
         if len(self.journal) + len(requests) > limit:
             raise QueueFull(
                 f"{len(self.journal)} sequences are unfinished and the limit is {limit} "
@@ -386,6 +393,8 @@ class EngineClient:
         metrics = self.metrics
         if subscriber.last_token_s is None:
             metrics.observe("bittrue_time_to_first_token_seconds", now_s - subscriber.opened_s)
+            if event.queued_s is not None:
+                metrics.observe("bittrue_queue_seconds", event.queued_s)
             metrics.count("bittrue_prompt_tokens", event.num_prompt_tokens)
             metrics.count("bittrue_cached_tokens", event.num_cached_tokens)
         else:

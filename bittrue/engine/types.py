@@ -69,6 +69,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     stop_match: str | int | None = None  # the stop string or stop token id that ended it
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    queued_s: float | None = None  # first event only: seconds from arrival to the first step
     error: str | None = None
 
 

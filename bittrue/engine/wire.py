@@ -15,7 +15,7 @@ HEADER_BYTES = _LENGTH.size
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """First message to a new engine process: what to build."""
 
-    factory: str  # "package.module:callable"; called with (model directory, RunConfig)
+    factory: str  # "package.module:callable"; called with (model directory, RunConfig, progress=)
     run_config: str  # RunConfig as JSON
 
 

@@ -26,6 +26,7 @@ METRICS = (
     MetricSpec("bittrue_prompt_tokens", "counter", "Prompt tokens of sequences that produced a first event."),
     MetricSpec("bittrue_cached_tokens", "counter", "Prompt tokens taken from the prefix cache."),
     MetricSpec("bittrue_generated_tokens", "counter", "Tokens generated."),
+    MetricSpec("bittrue_queue_seconds", "histogram", "Arrival in the engine to the first step."),
     MetricSpec("bittrue_time_to_first_token_seconds", "histogram", "Request received to first token."),
     MetricSpec("bittrue_inter_token_seconds", "histogram", "Time between two tokens of a sequence."),
     MetricSpec("bittrue_request_seconds", "histogram", "Submission of a sequence to its end."),

@@ -179,7 +179,7 @@ class _Choice:
     ) -> None:
         self._tokenizer, self._prompt, self._body = tokenizer, prompt, body
         self._text = TextStream(tokenizer, params)
-        self._offsets = _Offsets(tokenizer)
+        self._offsets = _Offsets(Detokenizer(tokenizer))
         self._is_begun = False
 
     def feed(self, event: TokenEvent) -> tuple[str, CompletionLogprobs | None]:
@@ -191,17 +191,24 @@ class _Choice:
             text = self._tokenizer.decode(self._prompt)
             if logprobs is not None:
                 known = event.prompt_logprobs or (None,) * len(self._prompt)
-                self._add(logprobs, zip(self._prompt, known, strict=True))
+                spelt = _Offsets(Detokenizer(self._tokenizer, skip_special=False))
+                self._add(logprobs, zip(self._prompt, known, strict=True), spelt)
+                self._offsets = _Offsets(Detokenizer(self._tokenizer), start=len(text))
         self._is_begun = True
         if logprobs is not None:
-            self._add(logprobs, ((entry.token_id, entry) for entry in event.logprobs))
+            self._add(logprobs, ((entry.token_id, entry) for entry in event.logprobs), self._offsets)
         return text + self._text.feed(event), logprobs
 
-    def _add(self, into: CompletionLogprobs, tokens: Iterable[tuple[int, TokenLogprob | None]]) -> None:
+    def _add(
+        self,
+        into: CompletionLogprobs,
+        tokens: Iterable[tuple[int, TokenLogprob | None]],
+        offsets: "_Offsets",
+    ) -> None:
         for token_id, entry in tokens:
             name = token_name(self._tokenizer, token_id)
             into.tokens.append(name)
-            into.text_offset.append(self._offsets.advance(token_id))
+            into.text_offset.append(offsets.advance(token_id))
             into.token_logprobs.append(None if entry is None else finite(entry.logprob))
             if entry is None:
                 into.top_logprobs.append(None)
@@ -212,13 +219,13 @@ class _Choice:
 
 
 class _Offsets:
-    """Characters before each token."""
+    """Characters of the text before each token. Of special tokens, only an echoed prompt's are spelt out."""
 
     __slots__ = ("_detokenizer", "_num_characters")
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._detokenizer = Detokenizer(tokenizer, skip_special=False)
-        self._num_characters = 0
+    def __init__(self, detokenizer: Detokenizer, *, start: int = 0) -> None:
+        self._detokenizer = detokenizer
+        self._num_characters = start
 
     def advance(self, token_id: int) -> int:
         start = self._num_characters

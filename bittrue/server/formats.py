@@ -15,11 +15,7 @@ def grammar_of(state: ServerState, form: ResponseFormat, guided_regex: str | Non
         return state.grammars.compile(form)
     if form.kind != "text":
         raise InvalidRequest("give guided_regex or response_format, not both", param="guided_regex")
-    try:
-        return state.grammars.compile(ResponseFormat("regex", pattern=guided_regex))
-    except InvalidRequest as error:
-        error.param = "guided_regex"
-        raise
+    return state.grammars.compile(ResponseFormat("regex", pattern=guided_regex), param="guided_regex")
 
 
 def chat_grammar(

@@ -2,12 +2,17 @@
 
 import asyncio
 import contextlib
+import errno
+import logging
+import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Self
 
 import uvicorn
 import uvloop
@@ -48,7 +53,17 @@ async def _serve(config: RunConfig, log: Log, listener: socket.socket, factory: 
     metrics = Metrics()
     client = EngineClient(config, log, metrics, factory=factory)
     try:
-        state = await _start(config, log, metrics, client)
+        with _SigtermCancels() as sigterm:
+            try:
+                state = await _start(config, log, metrics, client)
+            except asyncio.CancelledError:
+                if not sigterm.has_come:
+                    raise
+                return 0
+        if state.is_limited_by_memory:
+            log.warning(
+                "context_limited", max_context=state.max_context, reason="kv_memory holds no more tokens"
+            )
         server = Server(state, listener)
         client.on_dead = server.engine_died
         await server.serve(sockets=[listener])
@@ -56,6 +71,47 @@ async def _serve(config: RunConfig, log: Log, listener: socket.socket, factory: 
     finally:
         await client.close()
         log.info("stopped")
+
+
+class _SigtermCancels:
+    """Until the server listens, SIGTERM cancels the start-up: nothing is lost, so the exit code is 0."""
+
+    def __init__(self) -> None:
+        self.has_come = False
+        self._loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+
+    def __enter__(self) -> Self:
+        self._loop.add_signal_handler(signal.SIGTERM, self._cancel)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._loop.remove_signal_handler(signal.SIGTERM)
+
+    def _cancel(self) -> None:
+        self.has_come = True
+        self._task.cancel()
+
+
+class _Relay(logging.Handler):
+    """Writes what uvicorn says as lines of the log; what a bug raised, with its traceback."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, asyncio.CancelledError):
+            return  # a connection cut by the second signal
+        write = self._log.error if record.levelno >= logging.ERROR else self._log.warning
+        if error is None:
+            write("http", message=record.getMessage())
+            return
+        write("http_bug", error=f"{type(error).__name__}: {error}")
+        traceback.print_exception(error, file=self._log.stream)
 
 
 async def _start(config: RunConfig, log: Log, metrics: Metrics, client: EngineClient) -> ServerState:
@@ -84,8 +140,10 @@ def _bind(config: RunConfig) -> socket.socket:
         listener.bind((config.host, config.port))
     except OSError as error:
         listener.close()
-        message = f"cannot listen on {config.host} port {config.port}: {error.strerror}; use another --port"
-        raise ConfigError(message, field="port") from error
+        field = "port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "host"
+        remedy = "use another --port" if field == "port" else "give an address of this machine as --host"
+        message = f"cannot listen on {config.host} port {config.port}: {error.strerror}; {remedy}"
+        raise ConfigError(message, field=field) from error
     return listener
 
 
@@ -109,6 +167,9 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=_CLOSE_S,
             )
         )
+        # uvicorn logs through the logging module, whose loggers are shared by the whole process.
+        for logger in (logging.getLogger("uvicorn.error"), logging.getLogger("uvicorn.asgi")):
+            logger.handlers, logger.propagate = [_Relay(state.log)], False
         self.exit_code = 0
         self._state, self._listener = state, listener
         self._draining: asyncio.Task[None] | None = None

@@ -30,7 +30,8 @@ def checked_prompt(state: ServerState, prompt: Sequence[int], *, param: str) -> 
     if not prompt:
         raise InvalidRequest(f"{param} is empty; send at least one token", param=param)
     if len(prompt) >= state.max_context:
-        error = PromptTooLong(num_tokens=len(prompt), limit=state.max_context)
+        knob = "--kv-memory" if state.is_limited_by_memory else "--max-context"
+        error = PromptTooLong(num_tokens=len(prompt), limit=state.max_context, knob=knob)
         error.param = param
         raise error
     _check_ids(state, prompt, param)

@@ -6,6 +6,7 @@ from starlette.requests import Request
 
 from bittrue.config.run import RunConfig
 from bittrue.engine.supervisor import EngineClient
+from bittrue.kv.layout import PAGE_TOKENS
 from bittrue.obs.log import Log
 from bittrue.obs.metrics import Metrics
 from bittrue.text.codec import Codec
@@ -34,8 +35,17 @@ class ServerState:
 
     @property
     def max_context(self) -> int:
-        """Tokens of prompt plus output one sequence may have."""
-        return self.client.ready.max_context
+        """Tokens of prompt plus output one sequence may have: the model's limit, or the KV memory's."""
+        return min(self.client.ready.max_context, self._kv_tokens)
+
+    @property
+    def is_limited_by_memory(self) -> bool:
+        """The KV memory, not the model or --max-context, sets ``max_context``."""
+        return self._kv_tokens < self.client.ready.max_context
+
+    @property
+    def _kv_tokens(self) -> int:
+        return self.client.ready.stats.pages_total * PAGE_TOKENS
 
     @property
     def vocab_size(self) -> int:

@@ -9,7 +9,7 @@ import llguidance
 import numpy as np
 from numpy.typing import NDArray
 
-from bittrue.errors import InvalidRequest
+from bittrue.errors import CheckpointError, InvalidRequest
 from bittrue.text.dsml_grammar import tool_block_lark, tool_text_lark
 from bittrue.text.messages import ResponseFormat, ToolDefinition
 from bittrue.text.tokenizer import DSML, Tokenizer
@@ -37,12 +37,18 @@ class GrammarCompiler:
     """Turns what a request asks for into grammar text, and grammar text into states. Threads may share it.
 
     ``vocab_size`` is the number of logits where a model has more rows than the tokenizer has ids; the masks
-    are that long and the extra ids are never allowed.
+    are that long and the extra ids are never allowed. Fewer logits than ids: CheckpointError.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int | None = None) -> None:
         self.eos_id = tokenizer.eos_id
         self.vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
+        if self.vocab_size < tokenizer.vocab_size:
+            raise CheckpointError(
+                f"tokenizer.json has {tokenizer.vocab_size} ids, but the model knows {self.vocab_size}: it "
+                "belongs to another model; take the tokenizer.json published with these weights",
+                file="tokenizer.json",
+            )
         self._dsml = f"<[{tokenizer.special_id(DSML)}]>"
         # Every added token counts as special here: no regular expression and no JSON string may contain one.
         document: dict[str, Any] = json.loads(tokenizer.document)
@@ -52,10 +58,10 @@ class GrammarCompiler:
         self.ll_tokenizer = llguidance.LLTokenizer(text, eos_token=self.eos_id)
         self._limits = llguidance.LLParserLimits(verbose_errors=False)
 
-    def compile(self, spec: ResponseFormat | ToolGrammar) -> str | None:
+    def compile(self, spec: ResponseFormat | ToolGrammar, *, param: str = "response_format") -> str | None:
         """The grammar text for a format or tool choice; None where nothing is constrained.
 
-        Raises InvalidRequest with param ``response_format`` or ``tools`` when the schema, pattern or tool
+        Raises InvalidRequest with ``param``, or ``tools`` for a ToolGrammar, when the schema, pattern or tool
         parameters cannot be turned into a grammar.
         """
         if isinstance(spec, ToolGrammar):
@@ -71,7 +77,7 @@ class GrammarCompiler:
                 grammar = llguidance.LLMatcher.grammar_from_regex(spec.pattern or "")
             case "lark":
                 grammar = llguidance.LLMatcher.grammar_from_lark(spec.pattern or "")
-        return self._checked(grammar, "response_format")
+        return self._checked(grammar, param)
 
     def check(self, grammar: str, *, param: str = "grammar") -> None:
         """Raises InvalidRequest when the text is not a grammar this engine accepts."""

@@ -55,6 +55,13 @@ def test_bad_value_is_an_error_that_names_the_knob(knob: str, value: str) -> Non
     assert caught.value.field == knob
 
 
+def test_a_bad_size_is_quoted_once_with_the_ways_to_write_one() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(None, {"model": "m", "kv_memory": "3lb"})
+    assert str(caught.value).startswith("kv_memory: '3lb' is not a size; write bytes")
+    assert str(caught.value).count("3lb") == 1
+
+
 def test_missing_model_and_unreadable_files_are_config_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model has no value"):
         load_run_config(None, {})
@@ -113,6 +120,8 @@ def test_every_knob_has_one_line_of_help_with_its_default() -> None:
     assert set(lines) == set(RunConfig.model_fields)
     assert all(0 < len(line) < 110 and "\n" not in line for line in lines.values())
     assert lines["port"].endswith("[default: 8000]")
+    assert lines["kv_memory"].endswith("[default: 1GiB]")
+    assert lines["level"].endswith("[auto | maths | published; default: auto]")
     assert len(lines) <= 60
 
 

@@ -56,6 +56,19 @@ def test_a_preempted_request_continues_with_the_same_tokens(
     assert stats.pages_free == stats.pages_total and stats.slots_free == stats.slots_total
 
 
+def test_the_first_event_alone_tells_the_time_in_the_queue(engine: Engine) -> None:
+    told = [event.queued_s for event in engine.stream(prompt_of(engine, 5, 1), params(max_tokens=3))]
+    assert told[0] is not None and told[0] >= 0
+    assert told[1:] == [None, None]
+
+
+def test_loading_reports_its_progress(model: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    Engine(model, kv_memory="8MiB", threads=1, progress=lambda done, total, name: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] > 0
+
+
 def test_scores_are_the_logprobs_of_the_given_tokens(engine: Engine) -> None:
     tokens = prompt_of(engine, 150, 5)
     scores = engine.score(tokens)

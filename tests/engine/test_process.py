@@ -14,7 +14,7 @@ from standins.ngram_engine import StandinOptions
 from bittrue.config.run import RunConfig
 from bittrue.engine.supervisor import EngineClient
 from bittrue.engine.types import EngineStats, Request, SamplingParams
-from bittrue.errors import BittrueError, CheckpointError, EngineDied, PromptTooLong, QueueFull
+from bittrue.errors import BittrueError, CheckpointError, EngineDied, InvalidRequest, PromptTooLong, QueueFull
 from bittrue.obs.log import Log
 from bittrue.obs.metrics import Metrics
 
@@ -160,6 +160,9 @@ def test_more_sequences_than_the_queue_holds_are_refused_whole(tmp_path: Path) -
                 client.open([a_request("c"), a_request("d")])
             with client.open([a_request("c")]):
                 assert len(client.journal) == 3
+        assert len(client.journal) == 0
+        with pytest.raises(InvalidRequest, match="4 sequences, but this server takes at most 3"):
+            client.open([a_request(name) for name in "abcd"])
         assert len(client.journal) == 0
 
     run_client(tmp_path, body, options=StandinOptions(step_s=0.01), max_running=1, max_queue=2)

@@ -6,6 +6,26 @@ import pytest
 from bittrue.engine.types import EngineStats
 from bittrue.obs.log import Log
 from bittrue.obs.metrics import METRICS, Metrics
+from bittrue.obs.progress import LoadProgress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def loaded_on(stream: io.StringIO) -> str:
+    with LoadProgress(Log(stream), "tiny") as progress:
+        progress(5, 10, "a")
+        progress(10, 10, "b")
+    return stream.getvalue()
+
+
+def test_loading_is_a_bar_on_a_terminal_and_two_lines_elsewhere() -> None:
+    lines = loaded_on(io.StringIO()).splitlines()
+    assert [line.split()[2] for line in lines] == ["loading", "loaded"]
+    assert " model=tiny bytes=10 seconds=" in lines[1]
+    assert "10/10 bytes" in loaded_on(Terminal())
 
 
 def line_of(**fields: object) -> str:

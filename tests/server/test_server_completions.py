@@ -78,6 +78,14 @@ def test_echo_with_log_probabilities_covers_prompt_and_completion(server: LiveSe
         assert len(top) in (2, 3)
 
 
+def test_offsets_follow_the_text_where_special_tokens_are_left_out(server: LiveServer) -> None:
+    hidden = 0  # the begin marker
+    body = ask("hello", echo=True, logprobs=0, max_tokens=3, logit_bias={str(hidden): 100.0})
+    choice = server.post(TEXT, body).json()["choices"][0]
+    assert choice["text"] == "hello"
+    assert choice["logprobs"]["text_offset"][-3:] == [5, 5, 5]
+
+
 def test_scoring_asks_for_no_token(server: LiveServer) -> None:
     answer = server.post(TEXT, ask("hello", echo=True, logprobs=0, max_tokens=0)).json()
     choice = answer["choices"][0]

@@ -16,7 +16,7 @@ from standins.live_server import MODEL, LiveServer, write_model
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
-def ask(prompt: str = "hello", **fields: Any) -> dict[str, Any]:
+def ask(prompt: str | list[int] = "hello", **fields: Any) -> dict[str, Any]:
     return {"model": MODEL, "prompt": prompt, "seed": 4, **fields}
 
 
@@ -134,7 +134,8 @@ def test_full_queue_gets_429_with_retry_after(tmp_path: Path) -> None:
                 assert int(refused.headers["retry-after"]) >= 1
                 assert refused.json()["error"]["code"] == "queue_full"
         assert server.is_idle_and_conserved()
-        assert server.post(TEXT, ask(n=3)).status_code == 429
+        never = server.post(TEXT, ask(n=3))
+        assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
         assert server.post(TEXT, ask(n=2)).status_code == 200
         assert server.is_idle_and_conserved()
 
@@ -172,6 +173,40 @@ def test_second_signal_ends_at_once(tmp_path: Path) -> None:
         server.wait_for_log(" draining ")
         server.process.send_signal(signal.SIGINT)
         assert server.wait() == 0
+        assert "Traceback" not in "".join(server.log)
+
+
+def test_sigterm_during_the_start_exits_0(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    server = LiveServer(tmp_path)
+    server.start()
+    try:
+        server.wait_for_log(" loading ")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+    finally:
+        server.process.kill()
+        assert server.process.stderr is not None
+        server.process.stderr.close()
+    assert server.log[-1].rstrip().endswith("stopped")
+
+
+def test_loading_is_told_and_malformed_http_is_one_log_line(tmp_path: Path) -> None:
+    with live(tmp_path) as server:
+        with socket.create_connection((server.http.base_url.host, server.http.base_url.port)) as client:
+            client.sendall(b"NONSENSE\r\n\r\n")
+            assert client.recv(100).startswith(b"HTTP/1.1 400 ")
+        server.wait_for_log(' WARNING http message="Invalid HTTP request received."')
+        assert any(" loaded " in line for line in server.log)
+
+
+def test_context_is_what_the_kv_memory_holds(tmp_path: Path) -> None:
+    with live(tmp_path, num_pages=4) as server:
+        assert server.http.get("/v1/models").json()["data"][0]["max_model_len"] == 512
+        error = server.post(TEXT, ask([5] * 600)).json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert "600" in error["message"] and "512" in error["message"] and "--kv-memory" in error["message"]
+        server.wait_for_log(" context_limited ")
 
 
 def test_silence_is_broken_by_comment_lines(tmp_path: Path) -> None:
@@ -207,6 +242,21 @@ def test_directory_that_is_no_checkpoint_exits_2_and_says_so(tmp_path: Path, kin
         assert "tokenizer.json is not JSON" in log
     assert code == 2
     assert "Traceback" not in log
+
+
+def test_tokenizer_of_another_model_exits_2(tmp_path: Path) -> None:
+    write_model(tmp_path, vocab_size=500)
+    code, log = ended(tmp_path)
+    assert code == 2
+    assert "tokenizer.json has 512 ids, but the model knows 500" in log
+    assert "Traceback" not in log
+
+
+def test_address_of_another_machine_exits_2_and_names_the_host(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    code, log = ended(tmp_path, {"host": "192.0.2.1"})
+    assert code == 2
+    assert "as --host" in log
 
 
 def test_port_in_use_exits_2_before_anything_loads(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ class _Live:
 class NgramEngine:
     """Implements process.ServedEngine."""
 
-    def __init__(self, model_dir: str, config: RunConfig) -> None:
+    def __init__(
+        self, model_dir: str, config: RunConfig, *, progress: Callable[[int, int, str], None] | None = None
+    ) -> None:
         stored = json.loads((Path(model_dir) / "standin.json").read_text())
         stored["replies"] = [Reply(**reply) for reply in stored["replies"]]
         self.config = StandinOptions(**stored)

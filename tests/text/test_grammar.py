@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from text_support import real_tokenizer
 
-from bittrue.errors import InvalidRequest
+from bittrue.errors import CheckpointError, InvalidRequest
 from bittrue.text.grammar import DelayedGrammar, GrammarCompiler, GrammarState, ToolGrammar
 from bittrue.text.messages import ResponseFormat, ToolDefinition
 from bittrue.text.parser import parse_answer
@@ -51,6 +51,18 @@ WEATHER = ToolDefinition(
     },
 )
 NOW = ToolDefinition("now")
+
+
+def test_tokenizer_with_more_ids_than_the_model_is_refused() -> None:
+    tokenizer = real_tokenizer()
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        GrammarCompiler(tokenizer, tokenizer.vocab_size - 1)
+
+
+def test_a_bad_pattern_is_blamed_on_the_field_it_came_in() -> None:
+    with pytest.raises(InvalidRequest, match="guided_regex cannot be enforced") as caught:
+        compiler().compile(ResponseFormat("regex", pattern="["), param="guided_regex")
+    assert caught.value.param == "guided_regex"
 
 
 @functools.cache

@@ -430,6 +430,7 @@ def _check_together(c: ModelConfig) -> None:
     in_vocab = f"must be below vocab_size = {c.vocab_size}"
     packs = "must be a multiple of 32 to pack FP4"
     checks = (
+        ("head_dim", c.head_dim, c.head_dim % 2 == 0, "must be even"),
         ("qk_rope_head_dim", c.rope_dim, c.rope_dim % 2 == 0, "must be even"),
         ("qk_rope_head_dim", c.rope_dim, c.rope_dim < c.head_dim, f"must be below head_dim = {c.head_dim}"),
         ("index_head_dim", index_dim, index_dim >= c.rope_dim, "must hold the rotary features"),

@@ -145,6 +145,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("o_groups", 7, "o_groups"),
     ("num_experts_per_tok", 257, "num_experts_per_tok"),
     ("hc_mult", 9, "hc_mult"),
+    ("head_dim", 511, "head_dim"),
     ("max_position_embeddings", 2**24 + 1, "max_position_embeddings"),
     ("num_hash_layers", 44, "num_hash_layers"),
     ("eos_token_id", [1, 2], "eos_token_id"),

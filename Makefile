@@ -59,7 +59,7 @@ fmt: .venv/.built ## format the sources
 bench: .venv/.built ## time every op next to the machine's copy bandwidth
 	$(BIN)/bittrue bench ops
 
-docs: .venv/.built ## write the generated pages: docs/cli.md, docs/config.md, docs/metrics.md
+docs: .venv/.built ## write the generated pages: docs/cli.md, config.md, errors.md, metrics.md
 	$(BIN)/bittrue docs
 
 gpu: .venv/.built ## tests that need a CUDA device (there is no GPU backend yet: says so)

@@ -39,7 +39,7 @@ class RunConfig(BaseModel):
     api_key: str = Field("", description="Key clients send as `Authorization: Bearer KEY`; empty = none.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where tensors live.")
     backend: Literal["cpu", "reference"] = Field("cpu", description="Fast kernels, or the slow definition.")
-    isa: Literal["auto", "avx2", "avx512"] = Field("auto", description="CPU instruction set.")
+    isa: Literal["auto", "portable", "avx2", "avx512"] = Field("auto", description="CPU instruction set.")
     threads: int = Field(0, ge=0, le=1024, description="CPU threads; 0 = every core.")
     level: Literal["auto", "maths", "published"] = Field(
         "auto",

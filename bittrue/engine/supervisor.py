@@ -37,9 +37,10 @@ from bittrue.obs.log import Log
 from bittrue.obs.metrics import Metrics
 
 DEFAULT_FACTORY = "bittrue.engine.engine:Engine"
-# The engine process imports from exactly where the server does.
+# The engine process imports from exactly where the server does. A terminal's Ctrl-C is for the server to act
+# on, from the first moment.
 _BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "import json, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = json.loads(sys.argv[2]); "
     "from bittrue.engine.process import main; sys.exit(main(int(sys.argv[1])))"
 )
 _BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -281,7 +282,14 @@ class EngineClient:
             )
         self._link = link
         self.stats = message.stats
-        self.log.info("engine_ready", pid=process.pid, max_context=message.max_context, **message.fingerprint)
+        self.log.info(
+            "engine_ready",
+            pid=process.pid,
+            max_context=message.max_context,
+            pages=message.stats.pages_total,
+            slots=message.stats.slots_total,
+            **message.fingerprint,
+        )
         return message
 
     async def _supervise(self) -> None:

@@ -13,6 +13,8 @@ from bittrue.engine.types import SamplingParams, TokenLogprob
 from bittrue.ops.contracts import OpTable
 
 NEVER = -float("inf")
+# Colder is the same choice, but the quotients would overflow: equal infinities, and NaN from zero.
+COLDEST = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,8 @@ def choose_tokens(logits: Tensor, items: Sequence[SampleInput], ops: OpTable) ->
     for i, item in enumerate(items):
         row = rows[i] if _is_plain(item) else adjust_logits(rows[i], item)
         if i in noise:
-            row = truncate(row / np.float32(item.params.temperature), item.params) + noise[i]
+            temperature = np.float32(max(item.params.temperature, COLDEST))
+            row = truncate(row / temperature, item.params) + noise[i]
         chosen.append(int(np.argmax(row)))  # numpy's argmax is the first maximum
     return chosen
 

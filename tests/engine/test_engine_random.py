@@ -1,4 +1,4 @@
-"""Random request mixes on tiny pools: whoever finishes got what it gets alone; no page or slot is ever lost."""
+"""Random request mixes on tiny pools: each gets what it gets alone; no page or slot is ever lost."""
 
 import random
 from dataclasses import dataclass, field

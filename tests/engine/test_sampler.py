@@ -45,6 +45,16 @@ def test_a_token_is_the_same_alone_and_in_any_batch() -> None:
     assert choose_tokens(rows[order], [items[i] for i in order], OPS) == [together[i] for i in order]
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-38, 1e-12])
+def test_a_temperature_near_zero_is_greedy(temperature: float) -> None:
+    rows = logits(6)
+    rows[0] = -rows[0].abs()
+    rows[1, 3] = 0.0
+    greedy = choose_tokens(rows, [item(temperature=0.0)] * 6, OPS)
+    for params in ({}, {"top_p": 0.5}, {"top_k": 5, "min_p": 0.1}, {"logit_bias": {2: -100.0}}):
+        assert choose_tokens(rows, [item(temperature=temperature, **params)] * 6, OPS) == greedy
+
+
 def test_seed_and_position_both_change_the_noise() -> None:
     row = torch.zeros(1, VOCAB)
     by_seed = {choose_tokens(row, [item(seed=s)], OPS)[0] for s in range(40)}

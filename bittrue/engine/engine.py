@@ -22,6 +22,7 @@ from bittrue.engine.types import EngineStats, Request, SamplingParams, TokenEven
 from bittrue.errors import InvalidRequest
 from bittrue.kv.manager import KVManager
 from bittrue.model.batch import Segment
+from bittrue.ops.dispatch import build_of
 from bittrue.text.detokenize import Detokenizer
 from bittrue.text.stop import StopMatcher
 
@@ -105,6 +106,7 @@ class Engine:
             "level": parts.level,
             "act": parts.act,
             "backend": self._ops.name,
+            "kernels": build_of(self._ops),
             "torch": str(torch.__version__),
         }
         digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()

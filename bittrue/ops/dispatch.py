@@ -1,9 +1,13 @@
 """Chooses one implementation of every op, once, at start-up: what was asked for or an error."""
 
+import hashlib
+
+import torch
+
 from bittrue.errors import ConfigError
 from bittrue.ops.contracts import OpTable
 from bittrue.ops.cpu.impls import cpu_table
-from bittrue.ops.cpu.library import available_isas, load_kernels
+from bittrue.ops.cpu.library import LIBRARY_PATH, available_isas, load_kernels
 from bittrue.ops.ref.table import reference_table
 
 BACKENDS = ("reference", "cpu")
@@ -35,3 +39,11 @@ def describe(table: OpTable) -> str:
         return f"{table.name} ops in PyTorch"
     isas = ", ".join(available_isas())
     return f"{table.name} ops, {load_kernels().threads} threads (this processor runs {isas})"
+
+
+def build_of(table: OpTable) -> str:
+    """Names the compiled kernels behind a table (two builds may differ in bits); for the reference, torch's
+    version."""
+    if not table.name.startswith("cpu:"):
+        return f"torch {torch.__version__}"
+    return hashlib.blake2b(LIBRARY_PATH.read_bytes(), digest_size=16).hexdigest()

@@ -181,3 +181,5 @@ def test_fingerprints_tell_levels_apart(model: Path, engine: Engine) -> None:
     assert engine.fingerprint()["digest"] != other.fingerprint()["digest"]
     same = Engine(model, kv_memory="16MiB", max_context=512, max_step_tokens=7)
     assert engine.fingerprint() == same.fingerprint()
+    slow = Engine(model, kv_memory="16MiB", max_context=512, backend="reference")
+    assert slow.fingerprint()["kernels"] != engine.fingerprint()["kernels"]

@@ -1,6 +1,8 @@
 """`bittrue convert`: checkpoints between names and precisions, and random ones from a preset."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -61,13 +63,25 @@ def convert(
             raise UsageError(f"--random is {random}; a seed must be at least 0")
         sizes: dict[str, Any] = {} if vocab_size is None else {"vocab_size": vocab_size}
         limits: dict[str, Any] = {"draft": draft, "max_shard_bytes": max_shard_bytes}
-        print(make_checkpoint(preset, random, precision or "bf16", first, **limits, **sizes))
+        with _writing(first):
+            print(make_checkpoint(preset, random, precision or "bf16", first, **limits, **sizes))
         return
     if second is None:
         raise UsageError("give two directories, SOURCE and OUT, or --random SEED and OUT")
     if to == "hf" and precision is not None:
         raise UsageError("transformers' names hold unpacked weights only; leave --precision out with --to hf")
-    print(_convert_files(first, second, to, precision, max_shard_bytes))
+    with _writing(second):
+        print(_convert_files(first, second, to, precision, max_shard_bytes))
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """A folder that cannot be written, or a full disk, is the caller's to mend: UsageError."""
+    try:
+        yield
+    except OSError as error:
+        fact = f"cannot write {out}: {error.strerror or error}"
+        raise UsageError(f"{fact}; choose another directory") from error
 
 
 def _convert_files(

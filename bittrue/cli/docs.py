@@ -16,8 +16,8 @@ _EXIT_CODES = """
 ## Exit codes
 
 Standard output is the result, standard error the story. 0 yes, 1 no, 2 usage or internal error,
-3 inconclusive or missing evidence, 4 integrity; 130 interrupted (Ctrl-C). A server that SIGTERM or Ctrl-C ends
-once it serves exits 0.
+3 inconclusive or missing evidence, 4 integrity; 130 interrupted (Ctrl-C).
+A server that SIGTERM or Ctrl-C ends once it serves exits 0.
 """
 _CONFIG_HEAD = """\
 # Configuration

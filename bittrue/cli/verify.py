@@ -12,6 +12,9 @@ from rich.table import Table
 
 from bittrue.config.load import load_run_config
 from bittrue.engine.engine import Engine
+from bittrue.errors import UsageError
+from bittrue.obs.log import Log
+from bittrue.obs.progress import LoadProgress
 from bittrue.probes.laws import LawResult
 from bittrue.probes.verify import selection_length, verify_laws
 
@@ -32,8 +35,12 @@ def verify(
 
     Exit code 0: every law holds; 1: one does not.
     """
+    for name, value, least in (("max-tokens", max_tokens, 2), ("rounds", rounds, 1), ("seed", seed, 0)):
+        if value < least:
+            raise UsageError(f"--{name} is {value}; it must be at least {least}")
     flags = {"model": str(model), "level": level, "act": act, "backend": backend, "kv_memory": "512MiB"}
-    engine = Engine(model, load_run_config(None, flags))
+    with LoadProgress(Log(sys.stderr), str(model)) as progress:
+        engine = Engine(model, load_run_config(None, flags), progress=progress)
     story = Console(stderr=True)
     facts = engine.fingerprint()
     story.print(

@@ -40,7 +40,8 @@ DEFAULT_FACTORY = "bittrue.engine.engine:Engine"
 # The engine process imports from exactly where the server does. A terminal's Ctrl-C is for the server to act
 # on, from the first moment.
 _BOOT = (
-    "import json, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path[:] = json.loads(sys.argv[2]); "
+    "import json, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    "sys.path[:] = json.loads(sys.argv[2]); "
     "from bittrue.engine.process import main; sys.exit(main(int(sys.argv[1])))"
 )
 _BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)

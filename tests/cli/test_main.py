@@ -56,6 +56,9 @@ def test_serve_help_has_a_flag_for_every_knob_and_needs_no_torch() -> None:
         (["serve", "/nowhere/at/all"], "is not a directory"),
         (["ops", "chek"], "chek"),
         (["serve", "x", "--config", "/nowhere.toml"], "/nowhere.toml"),
+        (["verify", "x", "--max-tokens", "1"], "--max-tokens is 1"),
+        (["verify", "x", "--rounds", "0"], "--rounds is 0"),
+        (["convert", "/proc/nothing", "--random", "0"], "cannot write /proc/nothing"),
     ],
 )
 def test_bad_usage_exits_2_with_one_line_on_stderr(

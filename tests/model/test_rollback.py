@@ -1,6 +1,7 @@
 """Drafts that are rejected leave no trace: logits equal those of a run that never drafted, bit for bit."""
 
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from bittrue.config.formats import Level
 from bittrue.engine.runner import Runner
 from bittrue.kv.layout import pages_for
-from bittrue.model.batch import Segment
+from bittrue.model.batch import Segment, build_batch
 from bittrue.ops.numeric import first_difference
 
 MAX_DRAFT = 5
@@ -58,8 +59,19 @@ class Drafted:
         self.fold = max(self.fold, segment.start + len(segment.token_ids) - max_draft)
 
 
+def unchecked(runner: Runner, segments: Sequence[Segment]) -> Tensor:
+    """The step without the runner's look at its integers."""
+    with torch.inference_mode():
+        return runner.model.forward(build_batch(segments), runner.caches)
+
+
 def run_with_drafts(
-    runner: Runner, prompts: list[list[int]], seed: int, *, longest_draft: int = MAX_DRAFT
+    runner: Runner,
+    prompts: list[list[int]],
+    seed: int,
+    *,
+    longest_draft: int = MAX_DRAFT,
+    forward: Callable[[Runner, Sequence[Segment]], Tensor] = Runner.forward,
 ) -> list[Tensor]:
     """Logits of every prompt's positions; in each step some of the sequences advance, in any order."""
     rng = random.Random(seed)
@@ -73,7 +85,7 @@ def run_with_drafts(
     while live := [s for s in sequences if s.done < len(s.tokens)]:
         chosen = rng.sample(live, rng.randint(1, len(live)))
         steps = [s.next_step(rng, vocab, longest_draft) for s in chosen]
-        streams = runner.forward([segment for segment, _ in steps])
+        streams = forward(runner, [segment for segment, _ in steps])
         logits = torch.cat([x for _, x in runner.logits_by_block(streams, range(len(streams)))])
         parts = torch.split(logits, [len(segment.token_ids) for segment, _ in steps])
         for sequence, (segment, stays), part in zip(chosen, steps, parts, strict=True):
@@ -113,8 +125,29 @@ def test_a_draft_longer_than_the_rings_allow_is_noticed(ratio: int) -> None:
     prompt = random_ids(271, raw["vocab_size"], seed=1)
     expected = logits_of(make_runner(raw, tensors), prompt, [len(prompt)])
     small = make_runner(raw, tensors, pages=NUM_PAGES, max_draft=1)
-    got = run_with_drafts(small, [prompt], 0, longest_draft=9)[0]
+    got = run_with_drafts(small, [prompt], 0, longest_draft=9, forward=unchecked)[0]
     assert first_difference(expected, got) is not None
+    with pytest.raises(AssertionError, match="fold"):
+        run_with_drafts(small, [prompt], 0, longest_draft=9)
+
+
+@pytest.mark.parametrize(
+    ("segment", "fact"),
+    [
+        (Segment([1] * 129, 0, 0, 0, [0]), "pages for 128 tokens"),
+        (Segment([1], -1, 0, 0, [0]), "pages"),
+        (Segment([1], 0, 0, 2, [0]), "slot 2 of 2"),
+        (Segment([1], 0, 0, -1, [0]), "slot -1"),
+        (Segment([1], 0, 0, 0, [4]), "page 4 of 4"),
+        (Segment([1], 9, 10, 0, [0]), "fold"),
+        (Segment([1], 9, 6, 0, [0]), "fold"),
+    ],
+)
+def test_a_step_that_would_leave_the_cache_is_stopped(segment: Segment, fact: str) -> None:
+    raw, tensors = random_checkpoint(6)
+    runner = make_runner(raw, tensors, pages=4, slots=2, max_draft=2)
+    with pytest.raises(AssertionError, match=fact):
+        runner.forward([segment])
 
 
 def test_room_for_drafts_changes_no_bit_of_a_run_without_them() -> None:

@@ -11,6 +11,7 @@ from support.models import make_runner
 from torch import Tensor
 
 from bittrue.ops.dispatch import select
+from bittrue.ops.numeric import first_difference
 from bittrue.probes.laws import LawProbe
 
 TOLERANCE = 2e-5  # of logits whose standard deviation is near 1
@@ -144,6 +145,22 @@ def test_extreme_values_obey_the_laws(extreme: str, variant: str) -> None:
     probe = assert_laws(raw, tensors, variant, seed)
     for prompt in probe.random_prompts(LENGTHS):
         assert torch.isfinite(prompt.expected).all()
+
+
+@pytest.mark.parametrize("variant", LEVELS)
+def test_steps_beyond_every_block_of_the_kernels_obey_the_laws(variant: str) -> None:
+    precision, level, act = LEVELS[variant]
+    raw, tensors = random_checkpoint(
+        50, precision=precision, num_hidden_layers=2, compress_ratios=[4, 128, 0], vocab_size=32
+    )
+    # 9,000 tokens have 10 million index scores, more than are held at a time; linear takes 512 rows.
+    runner = make_runner(raw, tensors, level=level, act=act, ops=select("cpu", threads=2), pages=80, slots=2)
+    probe = LawProbe(runner, num_pages=80, num_slots=2, seed=1)
+    prompts = probe.random_prompts((9000, 700))
+    steps = [[(0, 513)], [(1, 511), (0, 2000)], [(0, 3487), (1, 1)], [(1, 188), (0, 3000)]]
+    results = probe.run(steps, [p.token_ids for p in prompts])
+    for prompt, got in zip(prompts, results, strict=True):
+        assert first_difference(prompt.expected, got) is None
 
 
 def test_the_reference_obeys_the_laws_too() -> None:

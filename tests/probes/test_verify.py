@@ -79,7 +79,7 @@ def test_the_longest_prompt_makes_the_index_choose(tiny: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "precision"),
-    [("tiny", "f32"), ("tiny", "fp8"), ("tiny", "fp4"), ("t256", "bf16"), ("t512h", "fp4")],
+    [("tiny", "f32"), ("tiny", "fp8"), ("tiny", "fp4"), ("t256", "bf16"), ("t512h", "fp4"), ("s1024", "fp4")],
 )
 def test_every_preset_passes(preset: str, precision: str, tmp_path: Path) -> None:
     model = make_checkpoint(preset, 1, precision, tmp_path / preset)  # type: ignore[arg-type]

@@ -59,17 +59,18 @@ class Output:
         return None if self.grammar is None else self.grammar.allowed_mask()
 
     def append(self, token_id: int) -> Ending | None:
-        """Takes the next token and says whether the sequence ends with it. End ids come first, then stop
-        strings, then a finished grammar, then the length."""
+        """Takes the next token and says whether the sequence ends with it: by an end id, then by a failing
+        grammar, then by a stop string, then by its length."""
         params = self.request.params
         self.generated.append(token_id)
-        is_end_id = token_id in self.end_ids()
-        if self.grammar is not None and token_id not in self.eos_ids:
+        # A grammar gives the end-of-sequence only when it is complete: then nothing can follow, not even with
+        # ignore_eos or before min_tokens.
+        if token_id in self.end_ids() or (self.grammar is not None and token_id in self.eos_ids):
+            return Ending("stop", token_id if token_id in params.stop_token_ids else None)
+        if self.grammar is not None:
             self.grammar.accept(token_id)
             if self.grammar.error is not None:
                 return Ending("error", error=self.grammar.error)
-        if is_end_id and len(self.generated) > params.min_tokens:
-            return Ending("stop", token_id if token_id in params.stop_token_ids else None)
         if self.detokenizer is not None and self.stops is not None:
             matched = self.stops.feed(self.detokenizer.feed([token_id])).matched
             if matched is not None:

@@ -10,6 +10,7 @@ from bittrue.engine.types import Request, SamplingParams
 from bittrue.errors import ConfigError, InvalidRequest, PromptTooLong, QueueFull
 from bittrue.kv.layout import KVLayout
 from bittrue.model.presets import make_checkpoint
+from bittrue.text.messages import ResponseFormat
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +184,17 @@ def test_fingerprints_tell_levels_apart(model: Path, engine: Engine) -> None:
     assert engine.fingerprint() == same.fingerprint()
     slow = Engine(model, kv_memory="16MiB", max_context=512, backend="reference")
     assert slow.fingerprint()["kernels"] != engine.fingerprint()["kernels"]
+
+
+@pytest.mark.parametrize("options", [{}, {"min_tokens": 30}, {"ignore_eos": True}])
+def test_a_complete_grammar_ends_its_sequence_whatever_else_is_asked(
+    engine: Engine, options: dict[str, object]
+) -> None:
+    grammar = engine.parts.compiler.compile(ResponseFormat(kind="regex", pattern="[ab]{3}"))
+    asked = params(max_tokens=60, grammar=grammar, **{"ignore_eos": False, **options})
+    events = list(engine.stream(prompt_of(engine, 9, 12), asked))
+    tokens = [t for e in events for t in e.token_ids]
+    text = engine.parts.tokenizer.decode(tokens, skip_special=True)
+    assert len(text) == 3 and set(text) <= {"a", "b"}
+    assert events[-1].finish_reason == "stop"
+    assert tokens.count(engine.config.eos_id) == 1

@@ -165,11 +165,11 @@ class OpTable:
 
     route_topk: Callable[[Tensor, Tensor | None, int, float], tuple[Tensor, Tensor]]
     """(logits [T, E] f32, bias [E] f32 or None, k, scale) -> ids [T, k] i32 ascending, weights [T, k] f32. score = sqrt(softplus(logit));
-    picks the k largest of score + bias by (value descending, id ascending); weight = score / (sum of chosen scores, in id order) * scale."""
+    picks the k largest of score + bias by (value descending, id ascending); weight = score / (1e-20 + the chosen scores, added in id order) * scale."""
 
     route_hash: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     """(logits [T, E] f32, token_ids [T] i64, table [V, k] i64, scale) -> ids [T, k] i32 = table[token], weights as in route_topk
-    (sum in table order)."""
+    (added in table order)."""
 
     hc_pre: Callable[..., tuple[Tensor, Tensor, Tensor]]
     """(streams [T, M, D] act, fn [(2+M)M, M*D] f32, base [(2+M)M] f32, scale [3] f32, *, iters, eps, norm_eps)

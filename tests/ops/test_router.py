@@ -76,6 +76,16 @@ def test_extreme_logits_give_finite_scores(table) -> None:
     assert bool(weights.isfinite().all())
 
 
+@pytest.mark.parametrize("table", ALL)
+def test_experts_without_any_score_weigh_nothing(table) -> None:
+    logits = torch.full((1, 8), -500.0)
+    _, weights = table.route_topk(logits, None, 2, 1.5)
+    assert weights.tolist() == [[0.0, 0.0]]
+    lookup = torch.tensor([[3, 5]])
+    _, weights = table.route_hash(logits, torch.tensor([0]), lookup, 1.5)
+    assert weights.tolist() == [[0.0, 0.0]]
+
+
 def test_wrong_arguments_are_refused_with_the_name_of_the_op() -> None:
     with pytest.raises(ValueError, match=r"route_topk: k must lie in 1..4, not 5"):
         CPU[-1].route_topk(torch.zeros(1, 4), None, 5, 1.0)

@@ -12,7 +12,8 @@ def scores_of(logits: Tensor) -> Tensor:
 def weights_of(scores: Tensor, ids: Tensor, scale: float) -> Tensor:
     """scores [E], ids [k] -> [k]: each chosen score over their sum (in the order of ids), times scale."""
     chosen = scores[ids.long()]
-    total = torch.zeros((), dtype=torch.float32)
+    # No NaN where every chosen score is zero; it changes no bit of any other sum.
+    total = torch.tensor(1e-20, dtype=torch.float32)
     for score in chosen:
         total = total + score
     return chosen / total * scale

@@ -12,7 +12,7 @@ BT void scores_of(const float* logits, int64_t experts, float* scores) {
 
 // weights[j] = score of ids[j] over their sum in the order given, times scale.
 BT void weights_of(const float* scores, const int32_t* ids, int64_t k, float scale, float* weights) {
-    float total = 0.0f;
+    float total = 1e-20f;  // no NaN where every chosen score is zero; changes no bit of any other sum
     for (int64_t j = 0; j < k; ++j) total = total + scores[ids[j]];
     for (int64_t j = 0; j < k; ++j) weights[j] = scores[ids[j]] / total * scale;
 }

@@ -15,6 +15,7 @@ from bittrue.engine.engine import Engine
 from bittrue.errors import UsageError
 from bittrue.obs.log import Log
 from bittrue.obs.progress import LoadProgress
+from bittrue.ops.dispatch import describe
 from bittrue.probes.laws import LawResult
 from bittrue.probes.verify import selection_length, verify_laws
 
@@ -43,10 +44,8 @@ def verify(
         engine = Engine(model, load_run_config(None, flags), progress=progress)
     story = Console(stderr=True)
     facts = engine.fingerprint()
-    story.print(
-        f"{model}: level {facts['level']}, activations {facts['act']}, {facts['backend']} ops",
-        highlight=False,
-    )
+    choice = f"level {facts['level']}, activations {facts['act']}, {describe(engine.parts.runner.model.ops)}"
+    story.print(f"{model}: {choice}", highlight=False)
     if selection_length(engine) > max_tokens:
         story.print(
             f"note: the index of this model leaves rows out only beyond {selection_length(engine)} tokens; "

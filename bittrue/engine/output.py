@@ -37,10 +37,6 @@ class Output:
     is_begun: bool = False  # an event has been sent
 
     @property
-    def next_position(self) -> int:
-        return len(self.request.prompt) + len(self.generated)
-
-    @property
     def wants_prompt_logprobs(self) -> bool:
         return self.request.params.prompt_logprobs is not None and not self.is_prompt_reported
 

@@ -6,6 +6,13 @@ from bittrue.ops.contracts import OpTable
 from bittrue.ops.cpu.library import load_kernels
 
 
+def threads_of(ops: OpTable) -> int:
+    """The threads that the kernels of a CPU table use, or torch for the reference."""
+    if ops.name.startswith("cpu:"):
+        return load_kernels(ops.name.removeprefix("cpu:")).threads
+    return torch.get_num_threads()
+
+
 def set_threads(ops: OpTable, threads: int) -> None:
     """Lets torch and, for a CPU table, its kernels use ``threads`` threads from now on."""
     torch.set_num_threads(threads)

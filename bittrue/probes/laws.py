@@ -12,7 +12,7 @@ from bittrue.engine.runner import Runner
 from bittrue.model.batch import Segment
 from bittrue.ops.contracts import PAGE_TOKENS
 from bittrue.ops.numeric import first_difference
-from bittrue.ops.threads import set_threads
+from bittrue.ops.threads import set_threads, threads_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ class LawProbe:
 
     def threading(self, prompts: Sequence[Prompt], *, counts: Sequence[int]) -> Iterator[LawResult]:
         """L8: any number of CPU threads."""
-        before = torch.get_num_threads()
+        before = threads_of(self.runner.model.ops)
         try:
             for count in counts:
                 set_threads(self.runner.model.ops, count)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from bittrue.engine.engine import Engine
 from bittrue.engine.types import Request, SamplingParams
-from bittrue.ops.contracts import CSA_RATIO, PAGE_TOKENS
+from bittrue.ops.contracts import CSA_RATIO
 from bittrue.probes.laws import LawProbe, LawResult
 
 # Either side of the compression ratios, the window and a page.
@@ -24,10 +24,6 @@ def probe_lengths(engine: Engine, *, max_tokens: int) -> tuple[int, ...]:
     can."""
     longest = min(selection_length(engine), max_tokens, engine.max_context)
     return tuple(sorted({min(n, longest) for n in SHORT_LENGTHS} | {longest}))
-
-
-def pages_needed(lengths: Sequence[int]) -> int:
-    return sum(-(-n // PAGE_TOKENS) for n in lengths)
 
 
 def verify_laws(

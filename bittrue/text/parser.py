@@ -139,11 +139,6 @@ class OutputParser:
         """The stop string that ended the answer."""
         return self._marked.matched_stop
 
-    @property
-    def is_in_reasoning(self) -> bool:
-        """True while the reasoning has not ended."""
-        return self._stage is _Stage.REASONING
-
     def feed(self, token_ids: Sequence[int]) -> list[Event]:
         """What these tokens add to the answer."""
         if self._is_reasoning_open:

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from oracles.published import Trace, published_trace
+from oracles.compare import assert_same_rules, assert_within_noise
+from oracles.published import Trace, published_logits, published_trace
 from oracles.random_checkpoint import random_checkpoint
-from support.models import make_runner, random_ids
+from support.models import logits_of, make_runner, random_ids
 from torch import Tensor
 
 from bittrue.engine.runner import Runner
@@ -154,3 +155,25 @@ def test_logits_selections_and_experts_agree_end_to_end(precision: str) -> None:
 def share_of_equal_picks(a: Tensor, b: Tensor) -> float:
     valid = (b >= 0).sum()
     return float(sum(torch.isin(x[x >= 0], y[y >= 0]).sum() for x, y in zip(a, b, strict=True)) / valid)
+
+
+@pytest.mark.parametrize("ratio", [0, 4, 128])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_layer_agrees_with_the_simulation_at_nearly_every_position(ratio: int, precision: str) -> None:
+    pairs = []
+    for seed in range(3):
+        raw, tensors = random_checkpoint(
+            seed, precision=precision, num_hidden_layers=1, compress_ratios=[ratio, 0], num_hash_layers=0
+        )
+        ids = random_ids(200, raw["vocab_size"], seed)
+        ours = logits_of(make_runner(raw, tensors, level="published", act="bf16"), ids, [200])
+        pairs.append((ours, published_logits(raw, tensors, ids, compute=torch.float64)))
+    assert_same_rules(pairs)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_deep_model_is_as_near_as_the_noise_of_the_simulation(precision: str) -> None:
+    raw, tensors, ids, trace = checkpoint(precision)
+    exact = published_logits(raw, tensors, ids, compute=torch.float64)
+    ours = logits_of(make_runner(raw, tensors, level="published", act="bf16"), ids, [LENGTH])
+    assert_within_noise(ours, trace.logits, exact)

@@ -106,11 +106,6 @@ TRAPS: dict[str, dict[str, Any]] = {
     "14 index visibility floor(t / 4)": {
         "index_topk": lambda q, w, batch, *rest, **o: HONEST.index_topk(q, w, earlier(batch), *rest, **o)
     },
-    "15 Sinkhorn without its eps": {
-        "hc_pre": lambda *args, iters, eps, norm_eps: HONEST.hc_pre(
-            *args, iters=iters, eps=1e-2, norm_eps=norm_eps
-        )
-    },
     "16 no norm per query head": {
         "rms_norm": lambda x, weight, eps: x if weight is None else HONEST.rms_norm(x, weight, eps)
     },

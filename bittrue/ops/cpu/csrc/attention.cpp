@@ -203,11 +203,10 @@ template <class T> void attend_all(const Step& step, const Attention& a, const T
     // Few tokens: their heads go to different threads.
     while (per_unit > 16 && step.num_tokens * ((a.num_heads + per_unit - 1) / per_unit) < bittrue_threads()) per_unit /= 2;
     const int64_t units = (a.num_heads + per_unit - 1) / per_unit;
-    BITTRUE_PARALLEL_FOR_DYNAMIC(step.num_tokens * a.num_heads * a.row.dim * a.window / 8)
-    for (int64_t i = 0; i < step.num_tokens * units; ++i) {
+    PARALLEL_FOR(i, step.num_tokens * units, step.num_tokens * a.num_heads * a.row.dim * a.window / 8) {
         const int64_t h0 = i % units * per_unit;
         attend(step, a, q, i / units, h0, a.num_heads - h0 < per_unit ? a.num_heads - h0 : per_unit, out);
-    }
+    };
 }
 
 }  // namespace

@@ -209,16 +209,14 @@ BITTRUE_EXPORT(csa_compress)(const Step* step, const Finish* f, const float* u, 
     const int64_t c = f->row.dim, closed = all_closed(*step, CSA_RATIO);
     const Csa csa{u, gate, state, ring, 2 * c};
     const Pages out{pages, per_page, f->row.bytes()};
-    BITTRUE_PARALLEL_FOR(closed * c * 400)
-    for (int64_t n = 0; n < closed; ++n) {
+    PARALLEL_FOR(n, closed, closed * c * 400) {
         int64_t s, entry;
         find_closed(*step, CSA_RATIO, n, &s, &entry);
         float* pooled = pooled_scratch.get<float>(c);
         csa_pool(*step, csa, f->ape, s, entry, pooled);
         finish(pooled, *f, CSA_RATIO * entry, out.entry(*step, s, entry));
-    }
-    BITTRUE_PARALLEL_FOR(step->num_sequences * ring * c)
-    for (int64_t s = 0; s < step->num_sequences; ++s) csa_keep(*step, csa, f->ape, s);
+    };
+    PARALLEL_FOR(s, step->num_sequences, step->num_sequences * ring * c) { csa_keep(*step, csa, f->ape, s); };
 }
 
 // u, gate [T, c]; fold [slots, 3, c]; pending [slots, max draft, 2, c].
@@ -229,18 +227,16 @@ BITTRUE_EXPORT(hca_compress)(const Step* step, const Finish* f, const float* u, 
     const Hca hca{u, gate, fold, pending, max_draft};
     const Pages out{pages, per_page, f->row.bytes()};
     float* pooled = pooled_scratch.get<float>(closed * c);
-    BITTRUE_PARALLEL_FOR(step->num_tokens * c * 40)
-    for (int64_t unit = 0; unit < step->num_sequences * blocks; ++unit) {
+    PARALLEL_FOR(unit, step->num_sequences * blocks, step->num_tokens * c * 40) {
         const int64_t s = unit / blocks, from = unit % blocks * CHANNEL_BLOCK;
-        if (step->length(s) == 0) continue;
+        if (step->length(s) == 0) return;
         int64_t before = 0;
         for (int64_t other = 0; other < s; ++other) before += num_closed(*step, other, HCA_RATIO);
         hca_pool(*step, hca, *f, s, from, c - from < CHANNEL_BLOCK ? c - from : CHANNEL_BLOCK, pooled + before * c);
-    }
-    BITTRUE_PARALLEL_FOR(closed * c * 100)
-    for (int64_t n = 0; n < closed; ++n) {
+    };
+    PARALLEL_FOR(n, closed, closed * c * 100) {
         int64_t s, entry;
         find_closed(*step, HCA_RATIO, n, &s, &entry);
         finish(pooled + n * c, *f, HCA_RATIO * entry, out.entry(*step, s, entry));
-    }
+    };
 }

@@ -16,9 +16,9 @@ template <class T> BT void swiglu_row(const T* gate, const T* up, T* out, int64_
 
 template <class T>
 void swiglu_rows(const T* gate, const T* up, const float* weight, T* out, int64_t rows, int64_t n, float limit) {
-    BITTRUE_PARALLEL_FOR(rows * n * 16)
-    for (int64_t t = 0; t < rows; ++t)
+    PARALLEL_FOR(t, rows, rows * n * 16) {
         swiglu_row(gate + t * n, up + t * n, out + t * n, n, limit, weight != nullptr, weight ? weight[t] : 1.0f);
+    };
 }
 
 // What one call works on. Pairs are (token, slot); sorted by expert, pair p stands at place[p].
@@ -57,23 +57,21 @@ void product(const Job& job, const int64_t* offsets, const float* const* rows, i
              int64_t inputs, int64_t outputs, T* const* out) {
     const int64_t panels = (outputs + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS;
     const int64_t tasks = job.active * count * panels;
-    BITTRUE_PARALLEL_FOR_DYNAMIC(offsets[job.active] * count * inputs * outputs)
-    for (int64_t task = 0; task < tasks; ++task) {
+    PARALLEL_FOR(task, tasks, offsets[job.active] * count * inputs * outputs) {
         const int64_t expert = task / (count * panels), j = task / panels % count;
         const int64_t o = task % panels * PANEL_OUTPUTS, start = offsets[expert];
         const int64_t n = outputs - o < PANEL_OUTPUTS ? outputs - o : PANEL_OUTPUTS;
         panel(job.format, rows + start, offsets[expert + 1] - start, matrix_of(job, expert, first + j, inputs), o, n,
               out[j] + start * outputs + o, outputs);
-    }
+    };
 }
 
 template <class T> void widen_rows(const Job& job, const T* x, int64_t rows, int64_t n, float* out) {
     const int64_t np = padded(n);
-    BITTRUE_PARALLEL_FOR(rows * n * 4)
-    for (int64_t i = 0; i < rows; ++i) {
+    PARALLEL_FOR(i, rows, rows * n * 4) {
         widen_row(x + i * n, n, out + i * np);
         if (job.quantize) quant_fp8_row(out + i * np, out + i * np, n, int64_t(128));
-    }
+    };
 }
 
 template <class T> void run(const Job& job, const T* x, float* out) {
@@ -91,24 +89,24 @@ template <class T> void run(const Job& job, const T* x, float* out) {
     product(job, offsets, rows, 0, 2, job.width, job.hidden, gate_up);
 
     T* hidden = gate_up[0];
-    BITTRUE_PARALLEL_FOR(pairs * job.hidden * 16)
-    for (int64_t i = 0; i < pairs; ++i)
+    PARALLEL_FOR(i, pairs, pairs * job.hidden * 16) {
         swiglu_row(gate_up[0] + i * job.hidden, gate_up[1] + i * job.hidden, hidden + i * job.hidden, job.hidden,
                    job.limit, true, job.weights[pair_at[i]]);
+    };
     float* wide_hidden = hidden_scratch.get<float>(pairs * ip);
     widen_rows(job, hidden, pairs, job.hidden, wide_hidden);
     for (int64_t i = 0; i < pairs; ++i) rows[i] = wide_hidden + i * ip;
     T* result = result_scratch.get<T>(pairs * job.width);
     product(job, offsets, rows, 2, 1, job.hidden, job.width, &result);
 
-    BITTRUE_PARALLEL_FOR(pairs * job.width)
-    for (int64_t t = 0; t < job.tokens; ++t)
+    PARALLEL_FOR(t, job.tokens, pairs * job.width) {
         for (int64_t i = 0; i < job.width; i += 16) {
             f32x16 sum = zero();
             for (int64_t s = 0; s < job.slots; ++s)
                 sum = add(sum, load_n(result + place[t * job.slots + s] * job.width + i, job.width - i));
             store_n(out + t * job.width + i, sum, job.width - i);
         }
+    };
 }
 
 }  // namespace

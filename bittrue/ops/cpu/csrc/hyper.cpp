@@ -38,8 +38,7 @@ void mix(const T* __restrict streams, const float* __restrict fn, float* __restr
          int64_t outputs) {
     const int64_t blocks = (outputs + TILE - 1) / TILE;
     const int64_t tiles = (tokens + TILE - 1) / TILE;
-    BITTRUE_PARALLEL_FOR(tokens * n * outputs)
-    for (int64_t job = 0; job < tiles * blocks; ++job) {
+    PARALLEL_FOR(job, tiles * blocks, tokens * n * outputs) {
         const int64_t token = job / blocks * TILE, first = job % blocks * TILE;
         const T* v = streams + token * n;
         float* out = mixes + token * outputs;
@@ -49,7 +48,7 @@ void mix(const T* __restrict streams, const float* __restrict fn, float* __restr
             case 3: products_of_tokens<3>(v, fn, out, n, outputs, first); break;
             default: products_of_tokens<4>(v, fn, out, n, outputs, first);
         }
-    }
+    };
 }
 
 // out_i = factor * sigmoid(mix_i * scale + base_i) + eps, n <= MAX_STREAMS. Two roundings, not an fma: as the formula.
@@ -109,8 +108,7 @@ void hc_pre(const T* __restrict streams, const float* __restrict mixes, const fl
             T* __restrict x, float* __restrict post, float* __restrict comb, int64_t tokens, int64_t m, int64_t dim,
             int64_t iters, float eps, float norm_eps) {
     const int64_t outputs = (2 + m) * m;
-    BITTRUE_PARALLEL_FOR(tokens * (m * dim + 4 * iters * m * m))
-    for (int64_t t = 0; t < tokens; ++t) {
+    PARALLEL_FOR(t, tokens, tokens * (m * dim + 4 * iters * m * m)) {
         const T* token = streams + t * m * dim;
         const float factor = inverse_rms(token, m * dim, norm_eps);
         float mixed[MAX_OUTPUTS], pre[MAX_STREAMS];
@@ -121,21 +119,20 @@ void hc_pre(const T* __restrict streams, const float* __restrict mixes, const fl
         for (int64_t i = 0; i < m * m; ++i) c[i] = mixed[2 * m + i] * scale[2] + base[2 * m + i];
         sinkhorn(c, m, iters, eps);
         mix_streams(token, pre, x + t * dim, m, dim);
-    }
+    };
 }
 
 template <class T>
 void hc_head(const T* __restrict streams, const float* __restrict mixes, const float* base, const float* scale,
              T* __restrict x, int64_t tokens, int64_t m, int64_t dim, float eps, float norm_eps) {
-    BITTRUE_PARALLEL_FOR(tokens * m * dim)
-    for (int64_t t = 0; t < tokens; ++t) {
+    PARALLEL_FOR(t, tokens, tokens * m * dim) {
         const T* token = streams + t * m * dim;
         const float factor = inverse_rms(token, m * dim, norm_eps);
         float mixed[MAX_STREAMS], factors[MAX_STREAMS];
         for (int64_t i = 0; i < m; ++i) mixed[i] = mixes[t * m + i] * factor;
         coefficients(mixed, base, scale[0], 1.0f, eps, factors, m);
         mix_streams(token, factors, x + t * dim, m, dim);
-    }
+    };
 }
 
 // M streams, or the run-time m when M is 0
@@ -143,8 +140,7 @@ template <int64_t M, class T>
 void hc_post(const T* __restrict y, const T* __restrict streams, const float* post, const float* comb,
              T* __restrict out, int64_t tokens, int64_t run_time_m, int64_t dim) {
     const int64_t m = M ? M : run_time_m;
-    BITTRUE_PARALLEL_FOR(tokens * m * dim)
-    for (int64_t t = 0; t < tokens; ++t) {
+    PARALLEL_FOR(t, tokens, tokens * m * dim) {
         const float *p = post + t * m, *c = comb + t * m * m;
         const T* token = streams + t * m * dim;
         for (int64_t i = 0; i < dim; i += 16) {
@@ -156,7 +152,7 @@ void hc_post(const T* __restrict y, const T* __restrict streams, const float* po
                 store_n(out + (t * m + k) * dim + i, sum, dim - i);
             }
         }
-    }
+    };
 }
 
 template <class T>

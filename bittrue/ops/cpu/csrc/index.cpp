@@ -180,25 +180,22 @@ template <class T> void run_pass(const Index& x, const T* q, int64_t first, int6
         rows[t - first] = scores;
         if (x.visible(t) > x.k) scores += x.visible(t);
     }
-    BITTRUE_PARALLEL_FOR((end - first) * size)
-    for (int64_t t = first; t < end; ++t) convert_row(q + t * size, queries + (t - first) * size, size);
-    BITTRUE_PARALLEL_FOR_DYNAMIC(num_scores * size / 8)
-    for (int64_t unit = 0; unit < units; ++unit) {
+    PARALLEL_FOR(i, end - first, (end - first) * size) { convert_row(q + (first + i) * size, queries + i * size, size); };
+    PARALLEL_FOR(unit, units, num_scores * size / 8) {
         int64_t low = 0, high = num_groups;  // the last group that begins at or before the unit
         while (high - low > 1) (groups[(low + high) / 2].unit <= unit ? low : high) = (low + high) / 2;
         const Group& g = groups[low];
         score_chunk(x, g, (unit - g.unit) * KEY_CHUNK, queries + (g.first - first) * size, rows + (g.first - first));
-    }
-    BITTRUE_PARALLEL_FOR(num_scores * 8)
-    for (int64_t t = first; t < end; ++t) {
-        const int64_t visible = x.visible(t);
+    };
+    PARALLEL_FOR(row, end - first, num_scores * 8) {
+        const int64_t t = first + row, visible = x.visible(t);
         int32_t* own = ids + t * x.k;
         if (visible > x.k) {
-            choose(rows[t - first], visible, x.k, own);
-            continue;
+            choose(rows[row], visible, x.k, own);
+            return;
         }
         for (int64_t i = 0; i < x.k; ++i) own[i] = i < visible ? int32_t(i) : -1;
-    }
+    };
 }
 
 }  // namespace

@@ -17,8 +17,7 @@ template <class In> const float** gather_rows(const In* x, const Shape& s, int64
     const float** pointers = row_pointers.get<const float*>(n * s.groups);
     const bool in_place = sizeof(In) == 4 && kp == s.inputs;
     float* wide = in_place ? nullptr : wide_rows.get<float>(n * s.groups * kp);
-    BITTRUE_PARALLEL_FOR(n * s.groups * kp)
-    for (int64_t i = 0; i < n * s.groups; ++i) {
+    PARALLEL_FOR(i, n * s.groups, n * s.groups * kp) {
         const In* row = x + (first * s.groups + i) * s.inputs;
         if (in_place) {
             pointers[i % s.groups * n + i / s.groups] = reinterpret_cast<const float*>(row);
@@ -26,7 +25,7 @@ template <class In> const float** gather_rows(const In* x, const Shape& s, int64
             widen_row(row, s.inputs, wide + i * kp);
             pointers[i % s.groups * n + i / s.groups] = wide + i * kp;
         }
-    }
+    };
     return pointers;
 }
 
@@ -38,13 +37,12 @@ template <class In, class Out> void run(const In* x, const Shape& s, const Matri
     for (int64_t first = 0; first < s.rows; first += chunk) {
         const int64_t n = s.rows - first < chunk ? s.rows - first : chunk;
         const float* const* pointers = gather_rows(x, s, first, n);
-        BITTRUE_PARALLEL_FOR_DYNAMIC(n * s.groups * s.inputs * s.outputs)
-        for (int64_t task = 0; task < s.groups * panels; ++task) {
+        PARALLEL_FOR(task, s.groups * panels, n * s.groups * s.inputs * s.outputs) {
             const int64_t g = task / panels, o = task % panels * PANEL_OUTPUTS;
             const int64_t count = s.outputs - o < PANEL_OUTPUTS ? s.outputs - o : PANEL_OUTPUTS;
             panel(format, pointers + g * n, n, m, g * s.outputs + o, count,
                   out + (first * s.groups + g) * s.outputs + o, s.groups * s.outputs);
-        }
+        };
     }
 }
 
@@ -65,13 +63,12 @@ BITTRUE_EXPORT(linear)(const void* x, int64_t x_dtype, int64_t rows, int64_t gro
 BITTRUE_EXPORT(dequantize)(const void* data, const uint8_t* scale, int64_t format, int64_t outputs, int64_t inputs,
                            float* out) {
     const Matrix m{data, scale, inputs};
-    BITTRUE_PARALLEL_FOR(outputs * inputs)
-    for (int64_t o = 0; o < outputs; ++o) {
+    PARALLEL_FOR(o, outputs, outputs * inputs) {
         float* row = wide_rows.get<float>(padded(inputs));
         if (format == FORMAT_F32) decode_row<PlainRow<float>>(m, o, row);
         else if (format == FORMAT_BF16) decode_row<PlainRow<bf16>>(m, o, row);
         else if (format == FORMAT_FP8) decode_row<Fp8Row>(m, o, row);
         else decode_row<Fp4Row>(m, o, row);
         std::memcpy(out + o * inputs, row, size_t(inputs) * 4);
-    }
+    };
 }

@@ -6,8 +6,7 @@ namespace {
 template <class T, class W>
 void rms_norm(const T* __restrict x, const W* __restrict weight, T* __restrict out, int64_t rows, int64_t n,
               float eps) {
-    BITTRUE_PARALLEL_FOR(rows * n)
-    for (int64_t r = 0; r < rows; ++r) rms_norm_row(x + r * n, weight, out + r * n, n, eps);
+    PARALLEL_FOR(r, rows, rows * n) { rms_norm_row(x + r * n, weight, out + r * n, n, eps); };
 }
 
 template <class T>

@@ -8,25 +8,21 @@ thread_local Scratch hadamard_work;
 template <class T> void quant(const void* x, void* out, int64_t rows, int64_t n, int64_t group, bool fp8) {
     const T* from = static_cast<const T*>(x);
     T* to = static_cast<T*>(out);
-    BITTRUE_PARALLEL_FOR(rows * n)
-    for (int64_t r = 0; r < rows; ++r) {
+    PARALLEL_FOR(r, rows, rows * n) {
         if (fp8) quant_fp8_row(from + r * n, to + r * n, n, group);
         else quant_fp4_row(from + r * n, to + r * n, n, group);
-    }
+    };
 }
 
 template <class T> void hadamard(const void* x, void* out, int64_t rows, int64_t n) {
     const T* from = static_cast<const T*>(x);
     T* to = static_cast<T*>(out);
-    BITTRUE_PARALLEL_FOR(rows * n)
-    for (int64_t r = 0; r < rows; ++r)
-        hadamard_row(from + r * n, to + r * n, n, hadamard_work.get<float>(n < 16 ? 16 : n));
+    PARALLEL_FOR(r, rows, rows * n) { hadamard_row(from + r * n, to + r * n, n, hadamard_work.get<float>(n < 16 ? 16 : n)); };
 }
 
 template <class T> void pack(const void* x, uint8_t* __restrict out, int64_t rows, const RowSpec& spec) {
     const T* from = static_cast<const T*>(x);
-    BITTRUE_PARALLEL_FOR(rows * spec.dim)
-    for (int64_t r = 0; r < rows; ++r) pack_row(from + r * spec.dim, out + r * spec.bytes(), spec);
+    PARALLEL_FOR(r, rows, rows * spec.dim) { pack_row(from + r * spec.dim, out + r * spec.bytes(), spec); };
 }
 
 }  // namespace
@@ -60,6 +56,5 @@ BITTRUE_EXPORT(pack_rows)(const void* x, int64_t dtype, uint8_t* out, int64_t ro
 BITTRUE_EXPORT(unpack_rows)(const uint8_t* __restrict bytes, float* __restrict out, int64_t rows, int64_t kind,
                             int64_t dim, int64_t rope_dim) {
     const RowSpec spec{kind, dim, rope_dim};
-    BITTRUE_PARALLEL_FOR(rows * dim)
-    for (int64_t r = 0; r < rows; ++r) unpack_row(bytes + r * spec.bytes(), out + r * dim, spec);
+    PARALLEL_FOR(r, rows, rows * dim) { unpack_row(bytes + r * spec.bytes(), out + r * dim, spec); };
 }

@@ -6,11 +6,10 @@ namespace {
 template <class T>
 void rope(const T* __restrict x, const float* __restrict cos, const float* __restrict sin, T* __restrict out,
           int64_t tokens, int64_t heads, int64_t dim, int64_t rope_dim, bool inverse) {
-    BITTRUE_PARALLEL_FOR(tokens * heads * dim)
-    for (int64_t r = 0; r < tokens * heads; ++r) {
+    PARALLEL_FOR(r, tokens * heads, tokens * heads * dim) {
         int64_t angles = r / heads * (rope_dim / 2);
         rope_row(x + r * dim, out + r * dim, dim, rope_dim, cos + angles, sin + angles, inverse);
-    }
+    };
 }
 
 }  // namespace
@@ -18,9 +17,7 @@ void rope(const T* __restrict x, const float* __restrict cos, const float* __res
 // positions [tokens], inv_freq [half] -> cos, sin [tokens, half]
 BITTRUE_EXPORT(rope_angles)(const int32_t* __restrict positions, const float* __restrict inv_freq,
                             float* __restrict cos, float* __restrict sin, int64_t tokens, int64_t half) {
-    BITTRUE_PARALLEL_FOR(tokens * half * 64)
-    for (int64_t t = 0; t < tokens; ++t)
-        rope_angles_row(positions[t], inv_freq, half, cos + t * half, sin + t * half);
+    PARALLEL_FOR(t, tokens, tokens * half * 64) { rope_angles_row(positions[t], inv_freq, half, cos + t * half, sin + t * half); };
 }
 
 // x, out [tokens, heads, dim]; cos, sin [tokens, rope_dim / 2]

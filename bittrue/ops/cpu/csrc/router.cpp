@@ -39,24 +39,22 @@ BT void choose(const float* values, int64_t experts, int64_t k, int32_t* ids) {
 // logits [tokens, experts], bias [experts] or null -> ids, weights [tokens, k]; k <= experts.
 BITTRUE_EXPORT(route_topk)(const float* logits, const float* bias, int64_t tokens, int64_t experts, int64_t k,
                            float scale, int32_t* ids, float* weights) {
-    BITTRUE_PARALLEL_FOR(tokens * experts * 16)
-    for (int64_t t = 0; t < tokens; ++t) {
+    PARALLEL_FOR(t, tokens, tokens * experts * 16) {
         float* scores = score_scratch.get<float>(2 * experts);
         float* ranked = scores + experts;
         scores_of(logits + t * experts, experts, scores);
         for (int64_t e = 0; e < experts; ++e) ranked[e] = bias ? scores[e] + bias[e] : scores[e];
         choose(ranked, experts, k, ids + t * k);
         weights_of(scores, ids + t * k, k, scale, weights + t * k);
-    }
+    };
 }
 
 // logits [tokens, experts], ids [tokens, k] as looked up -> weights [tokens, k].
 BITTRUE_EXPORT(route_hash)(const float* logits, const int32_t* ids, int64_t tokens, int64_t experts, int64_t k,
                            float scale, float* weights) {
-    BITTRUE_PARALLEL_FOR(tokens * experts * 16)
-    for (int64_t t = 0; t < tokens; ++t) {
+    PARALLEL_FOR(t, tokens, tokens * experts * 16) {
         float* scores = score_scratch.get<float>(experts);
         scores_of(logits + t * experts, experts, scores);
         weights_of(scores, ids + t * k, k, scale, weights + t * k);
-    }
+    };
 }

@@ -8,7 +8,7 @@
 //  2. Write each kernel once, templated on the element type (float or bf16): load/store convert. Each file is compiled per
 //     ISA; f32x16 code gives the same bits on all three because only fma() fuses and hsum()/hmax() are fixed trees.
 //     For tails use load_n/store_n with n in 0..16 (absent lanes read as 0): never a separate scalar formula.
-//  3. Parallel only at the outermost loop over rows: BITTRUE_PARALLEL_FOR(work) for (int64_t i = ...). No reductions.
+//  3. Parallel only at the outermost loop over rows: PARALLEL_FOR(i, n, work) { ... }; see team.h. No reductions.
 //  4. Bind it in bittrue/ops/cpu/<module>.py: fn = kernels.bind("my_op", PTR, I64, I64, F32); check shapes first.
 //  5. Rebuild: `flock build/.lock cmake --build build/dev`.
 #pragma once
@@ -17,7 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include <omp.h>
+#include "team.h"
 
 #define BITTRUE_CAT2(a, b) a##b
 #define BITTRUE_CAT(a, b) BITTRUE_CAT2(a, b)
@@ -30,15 +30,6 @@
 #define BITTRUE_EXPORT(name) \
     extern "C" __attribute__((visibility("default"))) void BITTRUE_CAT(BITTRUE_CAT(bittrue_##name, _), BITTRUE_ISA)
 #define BT inline __attribute__((always_inline))
-
-// Number of threads a kernel may use; one value for the process (OpenMP's own is per calling thread). Defined in isa.cpp.
-extern "C" int64_t bittrue_threads();
-// For the loop that follows: iterations run on all threads when `work` (scalar operations, about) repays waking them.
-#define BITTRUE_PRAGMA(text) _Pragma(#text)
-#define BITTRUE_PARALLEL_FOR(work) \
-    BITTRUE_PRAGMA(omp parallel for schedule(static) num_threads(int(bittrue_threads())) if ((work) > 100000))
-#define BITTRUE_PARALLEL_FOR_DYNAMIC(work) \
-    BITTRUE_PRAGMA(omp parallel for schedule(dynamic, 1) num_threads(int(bittrue_threads())) if ((work) > 100000))
 
 #if BITTRUE_ISA_CODE > 0
 #include <immintrin.h>

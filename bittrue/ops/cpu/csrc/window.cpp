@@ -2,12 +2,11 @@
 #include "step.h"
 
 BITTRUE_EXPORT(store_window)(const Step* step, const uint8_t* rows, int64_t row_bytes, uint8_t* window, int64_t ring) {
-    BITTRUE_PARALLEL_FOR(step->num_tokens * row_bytes)
-    for (int64_t s = 0; s < step->num_sequences; ++s) {
+    PARALLEL_FOR(s, step->num_sequences, step->num_tokens * row_bytes) {
         const int64_t length = step->length(s);
         uint8_t* own = window + step->slots[s] * ring * row_bytes;
         for (int64_t j = length > ring ? length - ring : 0; j < length; ++j)
             std::memcpy(own + (step->starts[s] + j) % ring * row_bytes, rows + (step->offsets[s] + j) * row_bytes,
                         size_t(row_bytes));
-    }
+    };
 }

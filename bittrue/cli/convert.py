@@ -46,7 +46,7 @@ def convert(
     random:
         Make a random checkpoint from this seed instead of reading one.
     preset:
-        With --random: tiny, t256, t512h or s1024.
+        With --random: tiny, t256, t512h, s1024 or flash4.
     draft:
         With --random: add a draft module, mtp or dspark.
     vocab_size:

@@ -94,8 +94,28 @@ _PRESETS: Mapping[str, Mapping[str, int]] = {
         "num_hash_layers": 3,
         "vocab_size": 4096,
     },
+    # Flash's widths; reduced: 4 of its 43 layers (CSA and HCA only), 16 of 256 experts, 4,096 token ids.
+    "flash4": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 64,
+        "head_dim": 512,
+        "qk_rope_head_dim": 64,
+        "q_lora_rank": 1024,
+        "o_groups": 8,
+        "o_lora_rank": 1024,
+        "index_n_heads": 64,
+        "index_head_dim": 128,
+        "index_topk": 512,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 2048,
+        "num_hash_layers": 1,
+        "vocab_size": 4096,
+    },
 }
 PRESETS = tuple(_PRESETS)
+_WITHOUT_WINDOW_LAYERS = ("flash4",)
 
 _COMMON: Mapping[str, Any] = {
     "architectures": ["DeepseekV4ForCausalLM"],
@@ -174,7 +194,8 @@ def make_checkpoint(
 def preset_config(
     preset: str, precision: Precision, *, draft: DraftKind = "none", **overrides: Any
 ) -> dict[str, Any]:
-    """The config.json of a preset: two window layers, then CSA and HCA in turn, unless overridden."""
+    """The config.json of a preset, with overrides. Layers are two of window kind (flash4 has none), then CSA
+    and HCA in turn."""
     if preset not in _PRESETS:
         raise UsageError(f"no preset is called {preset!r}; choose one of {', '.join(PRESETS)}")
     if precision not in get_args(Precision):
@@ -186,7 +207,8 @@ def preset_config(
     layers = raw["num_hidden_layers"]
     if "compress_ratios" not in overrides:
         alternating = [4 if i % 2 == 0 else 128 for i in range(layers)]
-        raw["compress_ratios"] = ([0, 0] + alternating)[:layers]
+        first = [] if preset in _WITHOUT_WINDOW_LAYERS else [0, 0]
+        raw["compress_ratios"] = (first + alternating)[:layers]
     if draft != "none":
         raw["num_nextn_predict_layers"] = 1
         raw["compress_ratios"] = raw["compress_ratios"][:layers] + [0] * (3 if draft == "dspark" else 1)

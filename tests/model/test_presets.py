@@ -1,6 +1,7 @@
 """Presets: every layer kind, the same bytes every time, values in the ranges of a working model."""
 
 import hashlib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,21 @@ from bittrue.model.weights import load_checkpoint, weight_digest
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_has_every_layer_kind_and_both_routers(preset: str) -> None:
     config = ModelConfig.from_dict(preset_config(preset, "fp4"))
-    assert set(config.layer_kinds) == {"window", "csa", "hca"}
+    expected = {"csa", "hca"} if preset == "flash4" else {"window", "csa", "hca"}
+    assert set(config.layer_kinds) == expected
     assert 0 < config.num_hash_layers < config.num_layers
     assert config.yarn is not None and config.window == 128
     assert config.max_positions == 1048576
+
+
+def test_flash4_differs_from_flash_in_what_it_says_only() -> None:
+    golden = Path(__file__).parents[1] / "golden" / "configs" / "flash.json"
+    flash = ModelConfig.from_file(golden)
+    small = ModelConfig.from_dict(preset_config("flash4", "fp4"))
+    different = {f.name for f in fields(ModelConfig) if getattr(small, f.name) != getattr(flash, f.name)}
+    reduced = {"num_layers", "compress_ratios", "num_experts", "num_hash_layers", "vocab_size"}
+    assert different <= reduced | {"draft_ratios", "num_mtp"}
+    assert small.compress_ratios == (4, 128, 4, 128)
 
 
 def test_a_preset_is_the_same_bytes_everywhere(tmp_path: Path) -> None:

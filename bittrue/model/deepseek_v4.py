@@ -5,6 +5,7 @@ and no cache (it is handed the LayerCache of each layer), so the same lines run 
 refer to spec/deepseek-v4.md.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -121,6 +122,12 @@ class DeepseekV4:
         self.act = TORCH_DTYPE[act]
         self._main_freq = torch.tensor(config.main_inv_freq(), dtype=torch.float32)
         self._compress_freq = torch.tensor(config.compress_inv_freq(), dtype=torch.float32)
+
+    def on(self, ops: OpTable) -> "DeepseekV4":
+        """The same model computed by other ops."""
+        other = copy.copy(self)
+        other.ops = ops
+        return other
 
     @property
     def is_published(self) -> bool:

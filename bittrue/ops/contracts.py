@@ -8,8 +8,8 @@ order of rows or the number of threads. Each op accepts T = 0. Inputs are contig
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -64,6 +64,8 @@ class Batch:
     folds: Tensor  # [S] i32, position at which the HCA running pool stands: starts - min(starts, pending rows), see hca_compress
     slots: Tensor  # [S] i32, state slot
     page_table: Tensor  # [S, P] i32, page id of tokens 128*i .. 128*i+127; unused entries -1
+    # What a backend derives from the tensors, once a step.
+    memo: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -110,6 +112,20 @@ class CompressorWeights:
     inv_freq: Tensor  # [R/2] f32, the layer's own rotary table
     rope_dim: int
     eps: float
+
+
+class Captured(Protocol):
+    """A captured sequence of ops. ``replay()`` gives what the function returned, its tensors computed again."""
+
+    def replay(self) -> Any: ...
+
+
+class Capture(Protocol):
+    """Takes a function of an OpTable that only calls ops and reshapes. Its inputs are read again, in place, at every
+    replay; its results last until the next replay of any function captured by the same table."""
+
+    def __call__(self, function: Callable[["OpTable"], Any], /) -> Captured: ...
+    def covers(self, table: "OpTable", /) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +234,19 @@ class OpTable:
     """(seeds [R] i64, positions [R] i64, V) -> [R, V] f32. Noise of token id v: -log(-log((h + 0.5) / 2^24)), h = the top 24 bits of
     Philox-4x32-10 word v mod 4 with counter (v // 4, position low, position high, 0) and key (seed low, seed high)."""
 
+    capture: Capture | None = None
+    """Not an op: turns a sequence of ops into one call, for backends that can. ``with_ops`` drops it."""
+
+    def with_ops(self, **ops: Callable[..., Any]) -> "OpTable":
+        """This table with other implementations of some ops (wrappers, faults planted by tests)."""
+        return replace(self, capture=None, **ops)  # type: ignore[arg-type]
+
+    def __post_init__(self) -> None:
+        if self.capture is not None and not self.capture.covers(self):
+            raise ValueError(
+                "an op was exchanged, but captured steps would not use it: exchange it by with_ops"
+            )
+
     @classmethod
     def op_names(cls) -> tuple[str, ...]:
-        return tuple(f.name for f in fields(cls) if f.name != "name")
+        return tuple(f.name for f in fields(cls) if f.name not in ("name", "capture"))

@@ -17,8 +17,9 @@ def select(backend: str, *, isa: str | None = None, threads: int | None = None) 
     """The OpTable of ``backend`` (one of BACKENDS).
 
     ``isa`` and ``threads`` belong to the CPU backend: the instruction set (default the best this processor
-    runs) and the threads of its kernels, for the whole process (default all it may run on). ConfigError for an unknown
-    name or an option the backend has not, BackendUnavailable when it cannot run here.
+    runs) and the threads of its kernels, for the whole process (default one per processor it may run on).
+    ConfigError for an unknown name or an option the backend has not, BackendUnavailable when it cannot run
+    here.
     """
     if backend == "reference":
         for name, value in (("isa", isa), ("threads", threads)):

@@ -1,7 +1,6 @@
 """The maths level against Hugging Face transformers in float32: prefill, chunked prefill and decode, every
 length class."""
 
-import dataclasses
 import random
 from functools import cache
 from typing import Any
@@ -93,7 +92,7 @@ def test_three_thousand_tokens_equal_transformers(name: str) -> None:
         picks.append(ops.index_topk(*args, **options))
         return picks[-1]
 
-    runner = make_runner(raw, tensors, ops=dataclasses.replace(ops, index_topk=recorded))
+    runner = make_runner(raw, tensors, ops=ops.with_ops(index_topk=recorded))
     ids = random_ids(3000, raw["vocab_size"], seed=5)
     ours = logits_of(runner, ids, [3000])
     selection = SharedSelection(picks)

@@ -108,7 +108,7 @@ BROKEN_OPS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("rule", BROKEN_OPS)
 def test_a_broken_rule_is_far_outside_the_bound(rule: str) -> None:
-    errors = layer_errors(setup("fp4", dataclasses.replace(HONEST, **BROKEN_OPS[rule])))
+    errors = layer_errors(setup("fp4", HONEST.with_ops(**BROKEN_OPS[rule])))
     assert median(errors) > BROKEN_BOUND, errors
 
 
@@ -120,7 +120,7 @@ def test_an_unquantised_cache_is_far_outside_the_bound() -> None:
 @pytest.mark.parametrize("op", ["hadamard", "quant_fp4"])
 def test_an_index_query_without_its_transform_is_far_outside_the_bound(op: str) -> None:
     same = {"hadamard": lambda x: x, "quant_fp4": lambda x, group: x}
-    s = setup("fp4", dataclasses.replace(HONEST, **{op: same[op]}))
+    s = setup("fp4", HONEST.with_ops(**{op: same[op]}))
     kinds = [block.kind for block in s.runner.model.parameters.blocks]
     csa = [e for e, kind in zip(layer_errors(s), kinds, strict=True) if kind == "csa"]
     assert min(csa) > BROKEN_BOUND, csa
@@ -140,7 +140,7 @@ def test_logits_selections_and_experts_agree_end_to_end(precision: str) -> None:
         experts.append(result[0])
         return result
 
-    s = setup(precision, dataclasses.replace(HONEST, index_topk=index_topk, route_topk=route_topk))
+    s = setup(precision, HONEST.with_ops(index_topk=index_topk, route_topk=route_topk))
     streams = s.runner.forward([Segment(s.ids, 0, 0, 1, [9, 8, 7])])
     ours = (
         torch.cat([x for _, x in s.runner.logits_by_block(streams, range(LENGTH))]).double().log_softmax(-1)

@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -86,6 +86,14 @@ def cache_ops(kernels: Kernels) -> dict[str, Op]:
 
 
 def _step_args(op: str, batch: Batch) -> StepArgs:
+    """The native form of a batch, made once: every op of a step is given the same."""
+    made = batch.memo.get("cpu")
+    if made is None:
+        made = batch.memo["cpu"] = _make_step_args(op, batch)
+    return cast(StepArgs, made)
+
+
+def _make_step_args(op: str, batch: Batch) -> StepArgs:
     num_tokens, num_sequences = batch.num_tokens, batch.num_sequences
     check(op, "positions", batch.positions, (num_tokens,), torch.int32)
     check(op, "seq_ids", batch.seq_ids, (num_tokens,), torch.int32)

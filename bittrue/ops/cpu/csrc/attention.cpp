@@ -216,3 +216,4 @@ BITTRUE_EXPORT(attention)(const Step* step, const Attention* a, const void* q, i
     if (dtype == 0) attend_all(*step, *a, static_cast<const float*>(q), static_cast<float*>(out));
     else attend_all(*step, *a, static_cast<const bf16*>(q), static_cast<bf16*>(out));
 }
+BITTRUE_REPLAYABLE(attention)

@@ -218,6 +218,7 @@ BITTRUE_EXPORT(csa_compress)(const Step* step, const Finish* f, const float* u, 
     };
     PARALLEL_FOR(s, step->num_sequences, step->num_sequences * ring * c) { csa_keep(*step, csa, f->ape, s); };
 }
+BITTRUE_REPLAYABLE(csa_compress)
 
 // u, gate [T, c]; fold [slots, 3, c]; pending [slots, max draft, 2, c].
 BITTRUE_EXPORT(hca_compress)(const Step* step, const Finish* f, const float* u, const float* gate, float* fold,
@@ -240,3 +241,4 @@ BITTRUE_EXPORT(hca_compress)(const Step* step, const Finish* f, const float* u, 
         finish(pooled + n * c, *f, HCA_RATIO * entry, out.entry(*step, s, entry));
     };
 }
+BITTRUE_REPLAYABLE(hca_compress)

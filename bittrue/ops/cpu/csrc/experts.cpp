@@ -121,6 +121,7 @@ BITTRUE_EXPORT(swiglu)(const void* gate, const void* up, const float* weight, vo
         swiglu_rows(static_cast<const bf16*>(gate), static_cast<const bf16*>(up), weight, static_cast<bf16*>(out), rows,
                     n, limit);
 }
+BITTRUE_REPLAYABLE(swiglu)
 
 // x [tokens, width] (dtype) -> out [tokens, width] f32, see Job.
 BITTRUE_EXPORT(experts)(const void* x, int64_t dtype, int64_t tokens, int64_t slots, int64_t width, int64_t hidden,
@@ -130,3 +131,4 @@ BITTRUE_EXPORT(experts)(const void* x, int64_t dtype, int64_t tokens, int64_t sl
     if (dtype == 0) run(job, static_cast<const float*>(x), out);
     else run(job, static_cast<const bf16*>(x), out);
 }
+BITTRUE_REPLAYABLE(experts)

@@ -213,3 +213,4 @@ BITTRUE_EXPORT(index_topk)(const Step* step, const void* q, int64_t dtype, const
         first = end;
     }
 }
+BITTRUE_REPLAYABLE(index_topk)

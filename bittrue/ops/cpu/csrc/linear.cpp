@@ -58,6 +58,7 @@ BITTRUE_EXPORT(linear)(const void* x, int64_t x_dtype, int64_t rows, int64_t gro
     else if (out_dtype == 0) run(static_cast<const bf16*>(x), s, m, format, static_cast<float*>(out));
     else run(static_cast<const bf16*>(x), s, m, format, static_cast<bf16*>(out));
 }
+BITTRUE_REPLAYABLE(linear)
 
 // The matrix [outputs, inputs] as f32, exact.
 BITTRUE_EXPORT(dequantize)(const void* data, const uint8_t* scale, int64_t format, int64_t outputs, int64_t inputs,

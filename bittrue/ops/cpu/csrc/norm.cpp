@@ -25,3 +25,4 @@ BITTRUE_EXPORT(rms_norm)(const void* x, int64_t dtype, const void* weight, int64
     if (dtype == 0) rms_norm<float>(x, weight, weight_dtype, out, rows, n, eps);
     else rms_norm<bf16>(x, weight, weight_dtype, out, rows, n, eps);
 }
+BITTRUE_REPLAYABLE(rms_norm)

@@ -32,17 +32,20 @@ BITTRUE_EXPORT(quant_fp8)(const void* x, int64_t dtype, void* out, int64_t rows,
     if (dtype == 0) quant<float>(x, out, rows, n, group, true);
     else quant<bf16>(x, out, rows, n, group, true);
 }
+BITTRUE_REPLAYABLE(quant_fp8)
 
 BITTRUE_EXPORT(quant_fp4)(const void* x, int64_t dtype, void* out, int64_t rows, int64_t n, int64_t group) {
     if (dtype == 0) quant<float>(x, out, rows, n, group, false);
     else quant<bf16>(x, out, rows, n, group, false);
 }
+BITTRUE_REPLAYABLE(quant_fp4)
 
 // x, out [rows, n], n a power of two
 BITTRUE_EXPORT(hadamard)(const void* x, int64_t dtype, void* out, int64_t rows, int64_t n) {
     if (dtype == 0) hadamard<float>(x, out, rows, n);
     else hadamard<bf16>(x, out, rows, n);
 }
+BITTRUE_REPLAYABLE(hadamard)
 
 // x [rows, dim] -> out [rows, bytes]; kind as ROW_F32 ...
 BITTRUE_EXPORT(pack_rows)(const void* x, int64_t dtype, uint8_t* out, int64_t rows, int64_t kind, int64_t dim,
@@ -51,6 +54,7 @@ BITTRUE_EXPORT(pack_rows)(const void* x, int64_t dtype, uint8_t* out, int64_t ro
     if (dtype == 0) pack<float>(x, out, rows, spec);
     else pack<bf16>(x, out, rows, spec);
 }
+BITTRUE_REPLAYABLE(pack_rows)
 
 // bytes [rows, bytes] -> out [rows, dim] f32
 BITTRUE_EXPORT(unpack_rows)(const uint8_t* __restrict bytes, float* __restrict out, int64_t rows, int64_t kind,
@@ -58,3 +62,4 @@ BITTRUE_EXPORT(unpack_rows)(const uint8_t* __restrict bytes, float* __restrict o
     const RowSpec spec{kind, dim, rope_dim};
     PARALLEL_FOR(r, rows, rows * dim) { unpack_row(bytes + r * spec.bytes(), out + r * dim, spec); };
 }
+BITTRUE_REPLAYABLE(unpack_rows)

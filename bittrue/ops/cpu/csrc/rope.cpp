@@ -19,6 +19,7 @@ BITTRUE_EXPORT(rope_angles)(const int32_t* __restrict positions, const float* __
                             float* __restrict cos, float* __restrict sin, int64_t tokens, int64_t half) {
     PARALLEL_FOR(t, tokens, tokens * half * 64) { rope_angles_row(positions[t], inv_freq, half, cos + t * half, sin + t * half); };
 }
+BITTRUE_REPLAYABLE(rope_angles)
 
 // x, out [tokens, heads, dim]; cos, sin [tokens, rope_dim / 2]
 BITTRUE_EXPORT(rope)(const void* x, int64_t dtype, const float* cos, const float* sin, void* out, int64_t tokens,
@@ -30,3 +31,4 @@ BITTRUE_EXPORT(rope)(const void* x, int64_t dtype, const float* cos, const float
         rope(static_cast<const bf16*>(x), cos, sin, static_cast<bf16*>(out), tokens, heads, dim, rope_dim,
              inverse != 0);
 }
+BITTRUE_REPLAYABLE(rope)

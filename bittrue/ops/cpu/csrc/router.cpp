@@ -48,6 +48,7 @@ BITTRUE_EXPORT(route_topk)(const float* logits, const float* bias, int64_t token
         weights_of(scores, ids + t * k, k, scale, weights + t * k);
     };
 }
+BITTRUE_REPLAYABLE(route_topk)
 
 // logits [tokens, experts], ids [tokens, k] as looked up -> weights [tokens, k].
 BITTRUE_EXPORT(route_hash)(const float* logits, const int32_t* ids, int64_t tokens, int64_t experts, int64_t k,
@@ -58,3 +59,4 @@ BITTRUE_EXPORT(route_hash)(const float* logits, const int32_t* ids, int64_t toke
         weights_of(scores, ids + t * k, k, scale, weights + t * k);
     };
 }
+BITTRUE_REPLAYABLE(route_hash)

@@ -101,9 +101,11 @@ void gumbel_row(uint64_t seed, uint64_t position, float* out, int64_t n) {
 BITTRUE_EXPORT(log_softmax)(const float* __restrict logits, float* __restrict out, int64_t rows, int64_t n) {
     PARALLEL_FOR(r, rows, rows * n * 8) { log_softmax_row(logits + r * n, out + r * n, n); };
 }
+BITTRUE_REPLAYABLE(log_softmax)
 
 // seeds, positions [rows] -> out [rows, n]
 BITTRUE_EXPORT(gumbel)(const int64_t* __restrict seeds, const int64_t* __restrict positions, float* __restrict out,
                        int64_t rows, int64_t n) {
     PARALLEL_FOR(r, rows, rows * n * 16) { gumbel_row(uint64_t(seeds[r]), uint64_t(positions[r]), out + r * n, n); };
 }
+BITTRUE_REPLAYABLE(gumbel)

@@ -9,6 +9,7 @@
 //     ISA; f32x16 code gives the same bits on all three because only fma() fuses and hsum()/hmax() are fixed trees.
 //     For tails use load_n/store_n with n in 0..16 (absent lanes read as 0): never a separate scalar formula.
 //  3. Parallel only at the outermost loop over rows: PARALLEL_FOR(i, n, work) { ... }; see team.h. No reductions.
+//     A kernel of the forward pass is followed by BITTRUE_REPLAYABLE(my_op): it can be part of a captured step.
 //  4. Bind it in bittrue/ops/cpu/<module>.py: fn = kernels.bind("my_op", PTR, I64, I64, F32); check shapes first.
 //  5. Rebuild: `flock build/.lock cmake --build build/dev`.
 #pragma once
@@ -16,6 +17,8 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "team.h"
 
@@ -30,12 +33,33 @@
 #define BITTRUE_EXPORT(name) \
     extern "C" __attribute__((visibility("default"))) void BITTRUE_CAT(BITTRUE_CAT(bittrue_##name, _), BITTRUE_ISA)
 #define BT inline __attribute__((always_inline))
+// After the definition: bittrue_<name>_<isa>_replay calls it with arguments from an array of 8-byte slots (program.cpp).
+#define BITTRUE_REPLAYABLE(name)                                                                                     \
+    extern "C" __attribute__((visibility("default"))) void BITTRUE_CAT(                                              \
+        BITTRUE_CAT(BITTRUE_CAT(bittrue_##name, _), BITTRUE_ISA), _replay)(const uint64_t* slots) {                  \
+        call_with_slots(BITTRUE_CAT(BITTRUE_CAT(bittrue_##name, _), BITTRUE_ISA), slots);                            \
+    }
 
 #if BITTRUE_ISA_CODE > 0
 #include <immintrin.h>
 #endif
 
 namespace {
+
+// The argument in a slot: pointers and integers take all of it, a float its low four bytes.
+template <class A> BT A slot_value(uint64_t slot) {
+    static_assert(std::is_pointer_v<A> || std::is_same_v<A, int64_t> || std::is_same_v<A, float>);
+    A value;
+    std::memcpy(&value, &slot, sizeof value);  // little-endian, as all this runs on
+    return value;
+}
+template <class... A, std::size_t... I>
+BT void call_with_slots(void (*kernel)(A...), const uint64_t* slots, std::index_sequence<I...>) {
+    kernel(slot_value<A>(slots[I])...);
+}
+template <class... A> BT void call_with_slots(void (*kernel)(A...), const uint64_t* slots) {
+    call_with_slots(kernel, slots, std::index_sequence_for<A...>{});
+}
 
 struct bf16 {
     uint16_t bits;
@@ -147,6 +171,8 @@ template <int S> BT f32x16 blend_lanes(f32x16 a, f32x16 b) {
     constexpr __mmask16 odd = S == 1 ? 0xaaaa : S == 2 ? 0xcccc : S == 4 ? 0xf0f0 : 0xff00;
     return {_mm512_mask_blend_ps(odd, a.v, b.v)};
 }
+template <int K> BT f32x16 lane_of_fours(f32x16 a) { return {_mm512_permute_ps(a.v, K * 0x55)}; }
+template <int J> BT f32x16 four_in_all(f32x16 a) { return {_mm512_shuffle_f32x4(a.v, a.v, J * 0x55)}; }
 BT f32x16 load_twice(const float* p) {
     const __m512i pairs = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     return {_mm512_permutexvar_ps(pairs, _mm512_castps256_ps512(_mm256_loadu_ps(p)))};
@@ -260,6 +286,14 @@ template <int S> BT f32x16 blend_lanes(f32x16 a, f32x16 b) {
     if constexpr (S == 8) return {a.lo, b.hi};
     constexpr int odd = S == 1 ? 0xaa : S == 2 ? 0xcc : 0xf0;
     return {_mm256_blend_ps(a.lo, b.lo, odd), _mm256_blend_ps(a.hi, b.hi, odd)};
+}
+template <int K> BT f32x16 lane_of_fours(f32x16 a) {
+    return {_mm256_permute_ps(a.lo, K * 0x55), _mm256_permute_ps(a.hi, K * 0x55)};
+}
+template <int J> BT f32x16 four_in_all(f32x16 a) {
+    __m256 half = J < 2 ? a.lo : a.hi;
+    half = _mm256_permute2f128_ps(half, half, J % 2 * 0x11);
+    return {half, half};
 }
 BT f32x16 load_twice(const float* p) {
     __m256 a = _mm256_loadu_ps(p);
@@ -407,6 +441,16 @@ template <int S> BT f32x16 blend_lanes(f32x16 a, f32x16 b) {
     BITTRUE_LANES r.v[i] = i & S ? b.v[i] : a.v[i];
     return r;
 }
+template <int K> BT f32x16 lane_of_fours(f32x16 a) {
+    f32x16 r;
+    BITTRUE_LANES r.v[i] = a.v[i / 4 * 4 + K];
+    return r;
+}
+template <int J> BT f32x16 four_in_all(f32x16 a) {
+    f32x16 r;
+    BITTRUE_LANES r.v[i] = a.v[4 * J + i % 4];
+    return r;
+}
 BT f32x16 load_twice(const float* p) {
     f32x16 r;
     BITTRUE_LANES r.v[i] = p[i / 2];
@@ -418,6 +462,7 @@ BT f32x16 load_twice(const float* p) {
 // What the functions above mean, on every instruction set:
 //   max(a, b) = a > b ? a : b, min(a, b) = a < b ? a : b (a NaN in either gives b); less and equal are false on NaN.
 //   select(m, a, b): a where m, else b.  xor_lanes<S>: lane i takes lane i ^ S.  blend_lanes<S>: a where !(i & S), else b.
+//   lane_of_fours<K>: lane i takes lane K of its own four lanes.  four_in_all<J>: lane i takes lane 4J + i % 4.
 //   load_twice(p): p[0], p[0], p[1], p[1], ... of 8 floats.  lanes_below(n): lanes 0..n-1.
 
 // Sum of the lanes as a fixed tree: distance 8, then 4, 2, 1.

@@ -10,3 +10,4 @@ BITTRUE_EXPORT(store_window)(const Step* step, const uint8_t* rows, int64_t row_
                         size_t(row_bytes));
     };
 }
+BITTRUE_REPLAYABLE(store_window)

@@ -1,0 +1,173 @@
+"""Captures the kernel calls of a function once, and replays them with one call: no Python between the ops.
+
+The function runs with ops whose kernels are written down instead of called. Its tensors keep their addresses,
+so a replay reads the inputs and writes the results in place. The bits are those of the direct call: the same
+kernels in the same order on the same arguments.
+"""
+
+import ctypes
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bittrue.errors import BackendUnavailable
+from bittrue.ops.contracts import OpTable
+from bittrue.ops.cpu.library import BUILD_REMEDY, F32, LIBRARY_PATH, PTR, Kernel, Kernels
+
+# What a captured function may ask of torch besides memory: other shapes of it.
+_VIEWS = frozenset(
+    {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "alias", "detach", "t"}
+)
+_BLOCK_BYTES = 1 << 20
+_ALIGNMENT = 64
+
+
+class Workspace:
+    """Memory that captured functions write to, one after the other: each starts again at its beginning."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._block = 0
+        self._used = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(block.nbytes for block in self._blocks)
+
+    def rewind(self) -> None:
+        self._block = self._used = 0
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of the next free bytes, not cleared."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        while self._block < len(self._blocks):
+            block = self._blocks[self._block]
+            if self._used + num_bytes <= block.nbytes:
+                break
+            self._block, self._used = self._block + 1, 0
+        else:
+            size = max(_BLOCK_BYTES, num_bytes)
+            # An array of numpy's starts where it likes: begin at a cache line.
+            raw = torch.from_numpy(np.empty(size + _ALIGNMENT, dtype=np.uint8))
+            block = raw[-raw.data_ptr() % _ALIGNMENT :][:size]
+            self._blocks.append(block)
+        start, self._used = self._used, self._used + -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        return block[start : start + num_bytes].view(dtype).view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedCalls:
+    """A captured function: ``replay()`` computes ``result`` again from what its inputs hold now.
+
+    Results are overwritten by the next replay of any function captured by the same table.
+    """
+
+    result: Any
+    num_calls: int
+    _run: Callable[[int, int], None]
+    _program: np.ndarray  # u64, see csrc/program.cpp
+    _address: int
+    _kept: tuple[Any, ...]  # what the program points to
+
+    def replay(self) -> Any:
+        self._run(self._address, self.num_calls)
+        return self.result
+
+
+@dataclass(frozen=True, slots=True)
+class _WritingKernels(Kernels):
+    """Kernels that write down how they are called."""
+
+    slots: list[int] = field(default_factory=list)
+    kept: list[Any] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+
+    def bind(self, name: str, *argtypes: type) -> Kernel:
+        symbol = f"bittrue_{name}_{self.isa}_replay"
+        try:
+            address = ctypes.cast(self.library[symbol], ctypes.c_void_p).value
+        except AttributeError:
+            address = None
+
+        def write_down(*args: Any) -> None:
+            if address is None:
+                raise BackendUnavailable(
+                    f"{LIBRARY_PATH.name} has no {symbol}, so no captured step can hold it; {BUILD_REMEDY}"
+                )
+            assert len(args) == len(argtypes), f"{name} takes {len(argtypes)} arguments, not {len(args)}"
+            self.slots.extend((address, len(args)))
+            self.slots.extend(self._slot(value, kind) for value, kind in zip(args, argtypes, strict=True))
+            self.calls.append(name)
+
+        return write_down
+
+    def _slot(self, value: Any, kind: type) -> int:
+        if kind is F32:
+            return int(struct.unpack("<I", struct.pack("<f", value))[0])
+        if kind is PTR and not isinstance(value, int):
+            structure = value._obj  # of ctypes.byref
+            self.kept.append(structure)
+            return ctypes.addressof(structure)
+        return int(value) & 0xFFFF_FFFF_FFFF_FFFF
+
+
+class _OnlyMemory(TorchDispatchMode):
+    """Gives memory of the workspace and refuses to compute: a replay would leave that out."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._workspace = workspace
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        if name == "empty":
+            return self._workspace.take(tuple(args[0]), kwargs.get("dtype") or torch.float32)
+        if name == "empty_like":
+            return self._workspace.take(tuple(args[0].shape), args[0].dtype)
+        if name in _VIEWS:
+            return func(*args, **kwargs)
+        raise RuntimeError(f"a captured step may only call kernels, but it calls torch's {name}")
+
+
+class CpuCapture:
+    """Captures functions of ``table``, which ``table_of(kernels)`` made."""
+
+    def __init__(self, kernels: Kernels, table: OpTable, table_of: Callable[[Kernels], OpTable]) -> None:
+        self._kernels = kernels
+        self._table = table
+        self._table_of = table_of
+        self._workspace = Workspace()
+        self._run = kernels.library.bittrue_run_program
+        self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_int64), None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held for the results of captured functions."""
+        return self._workspace.num_bytes
+
+    def covers(self, table: OpTable) -> bool:
+        """Whether every op of ``table`` is one that a capture would hold."""
+        return all(getattr(table, name) is getattr(self._table, name) for name in table.op_names())
+
+    def __call__(self, function: Callable[[OpTable], Any]) -> CapturedCalls:
+        kernels = _WritingKernels(self._kernels.isa, self._kernels.library)
+        table = self._table_of(kernels)
+        self._workspace.rewind()
+        with _OnlyMemory(self._workspace):
+            result = function(table)
+        program = np.array(kernels.slots, dtype=np.uint64)
+        return CapturedCalls(
+            result=result,
+            num_calls=len(kernels.calls),
+            _run=self._run,
+            _program=program,
+            _address=program.ctypes.data,
+            _kept=(*kernels.kept, function, self._workspace),
+        )

@@ -1,0 +1,73 @@
+"""A captured sequence of ops gives the bits of the direct calls, on whatever its inputs hold by then."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from bittrue.ops.contracts import OpTable, Weight
+from bittrue.ops.cpu.capture import Workspace
+from bittrue.ops.dispatch import select
+from bittrue.ops.numeric import bitwise_equal
+
+OPS = select("cpu")
+
+
+def some_ops(x: Tensor, norm: Tensor, matrix: Weight, ops: OpTable) -> tuple[Tensor, Tensor]:
+    y = ops.linear(ops.rms_norm(x, norm, 1e-6), matrix, out_dtype=torch.float32)
+    return y, ops.log_softmax(y.view(-1, 8))
+
+
+def inputs() -> tuple[Tensor, Tensor, Weight]:
+    generator = torch.Generator().manual_seed(0)
+    matrix = Weight(torch.randn(24, 40, generator=generator), None, "f32")
+    return torch.randn(5, 40, generator=generator), torch.rand(40, generator=generator), matrix
+
+
+def test_replay_gives_the_bits_of_the_direct_calls_for_every_new_input() -> None:
+    x, norm, matrix = inputs()
+    assert OPS.capture is not None
+    captured = OPS.capture(lambda ops: some_ops(x, norm, matrix, ops))
+    for seed in range(3):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        for got, want in zip(captured.replay(), some_ops(x, norm, matrix, OPS), strict=True):
+            assert bitwise_equal(got, want)
+
+
+def test_two_captured_functions_share_memory_and_do_not_disturb_each_other() -> None:
+    x, norm, matrix = inputs()
+    assert OPS.capture is not None
+    first = OPS.capture(lambda ops: some_ops(x, norm, matrix, ops))
+    second = OPS.capture(lambda ops: ops.rms_norm(ops.rms_norm(x, norm, 1e-6), None, 1e-6))
+    want = some_ops(x, norm, matrix, OPS)
+    for _ in range(2):
+        assert bitwise_equal(first.replay()[1], want[1])
+        assert bitwise_equal(second.replay(), OPS.rms_norm(OPS.rms_norm(x, norm, 1e-6), None, 1e-6))
+
+
+def test_arithmetic_outside_the_ops_is_refused_not_left_out() -> None:
+    x, norm, _ = inputs()
+    assert OPS.capture is not None
+    with pytest.raises(RuntimeError, match="torch's mul"):
+        OPS.capture(lambda ops: ops.rms_norm(x, norm, 1e-6) * 2)
+
+
+def test_table_with_an_exchanged_op_does_not_capture_the_original() -> None:
+    with pytest.raises(ValueError, match="with_ops"):
+        dataclasses.replace(OPS, rms_norm=lambda x, weight, eps: x)
+    assert OPS.with_ops(rms_norm=lambda x, weight, eps: x).capture is None
+
+
+def test_workspace_gives_aligned_memory_that_does_not_overlap_until_rewound() -> None:
+    workspace = Workspace()
+    shapes = [(3,), (1 << 18,), (1 << 20, 3), (0,), (7, 5)]
+    first = [workspace.take(shape, torch.float32) for shape in shapes]
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in first if t.nbytes)
+    assert all(start % 64 == 0 for start, _ in spans)
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    held = workspace.num_bytes
+    workspace.rewind()
+    second = [workspace.take(shape, torch.float32) for shape in shapes]
+    assert [t.data_ptr() for t in second] == [t.data_ptr() for t in first]
+    assert workspace.num_bytes == held

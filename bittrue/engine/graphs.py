@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bittrue.model.batch import Segment
 from bittrue.model.deepseek_v4 import DeepseekV4
+from bittrue.obs.trace import OpTimes
 from bittrue.ops.contracts import Batch, Captured, LayerCache
 
 
@@ -48,8 +49,9 @@ class DecodeGraph:
 
         self._captured: Captured = model.ops.capture(lambda ops: step(model.on(ops)))
 
-    def run(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor]:
-        """Advances every sequence by its token. The tensors last until the next step."""
+    def run(self, segments: Sequence[Segment], times: OpTimes | None = None) -> tuple[Tensor, Tensor]:
+        """Advances every sequence by its token. The tensors last until the next step. ``times``: what to add
+        the time of every kernel to."""
         self._token_ids[:] = [s.token_ids[0] for s in segments]
         self._positions[:] = [s.start for s in segments]
         self._folds[:] = [s.fold for s in segments]
@@ -60,5 +62,10 @@ class DecodeGraph:
             if self._pages[row] is not pages or not isinstance(pages, tuple):
                 self._table[row, : len(pages)] = pages
                 self._pages[row] = pages
-        streams, logits = self._captured.replay()
+        if times is None:
+            self._captured.replay()
+        else:
+            for name, seconds in self._captured.time():
+                times.add(name, seconds)
+        streams, logits = self._captured.result
         return streams, logits

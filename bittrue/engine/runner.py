@@ -1,6 +1,7 @@
 """Runs the segments of one step through the model and its caches; the only place where model and KV memory
 meet."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -10,7 +11,9 @@ from bittrue.engine.graphs import DecodeGraph
 from bittrue.kv.layout import pages_for
 from bittrue.model.batch import Segment, build_batch
 from bittrue.model.deepseek_v4 import DeepseekV4
+from bittrue.obs.trace import OpTimes
 from bittrue.ops.contracts import PAGE_TOKENS, LayerCache
+from bittrue.ops.traced import traced
 
 # Logits of one block of rows are held at a time: 64 rows of 129,280 ids are 33 MB.
 LOGIT_ROWS = 64
@@ -24,6 +27,8 @@ class Runner:
 
     def __init__(self, model: DeepseekV4, caches: Sequence[LayerCache]) -> None:
         self.model = model
+        self._capture = model.ops.capture
+        self._times: OpTimes | None = None
         self.caches = list(caches)
         self.num_slots = self.caches[0].window.shape[0]
         # None: a model of window layers alone, whose pages hold nothing.
@@ -41,15 +46,27 @@ class Runner:
         for segment in segments:
             self._check(segment)
         if self._has_graph(segments):
-            self._decoded = self._graph(len(segments)).run(segments)
+            self._decoded = self._graph(len(segments)).run(segments, self._times)
             return self._decoded[0]
         self._decoded = None
-        return self.model.forward(build_batch(segments), self.caches)
+        return self._traced_model().forward(build_batch(segments), self.caches)
+
+    @contextlib.contextmanager
+    def trace(self) -> Iterator[OpTimes]:
+        """Records where the time of the steps inside goes."""
+        self._times = OpTimes()
+        try:
+            yield self._times
+        finally:
+            self._times = None
+
+    def _traced_model(self) -> DeepseekV4:
+        return self.model if self._times is None else self.model.on(traced(self.model.ops, self._times))
 
     @torch.inference_mode()
     def logits(self, streams: Tensor, rows: Sequence[int]) -> Tensor:
         """Logits [len(rows), V] f32 of the named rows of ``streams``, for the caller to keep."""
-        return self.model.logits(streams[list(rows)])
+        return self._traced_model().logits(streams[list(rows)])
 
     def logits_by_block(self, streams: Tensor, rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
         """The same for many rows, a bounded block at a time; a block lasts until the next step."""
@@ -62,7 +79,7 @@ class Runner:
             yield block, self.logits(streams, block)
 
     def _has_graph(self, segments: Sequence[Segment]) -> bool:
-        if self.model.ops.capture is None or not 0 < len(segments) <= GRAPH_SEQUENCES:
+        if self._capture is None or not 0 < len(segments) <= GRAPH_SEQUENCES:
             return False
         return all(len(segment.token_ids) == 1 for segment in segments)
 

@@ -117,7 +117,10 @@ class CompressorWeights:
 class Captured(Protocol):
     """A captured sequence of ops. ``replay()`` gives what the function returned, its tensors computed again."""
 
+    @property
+    def result(self) -> Any: ...
     def replay(self) -> Any: ...
+    def time(self) -> list[tuple[str, float]]: ...
 
 
 class Capture(Protocol):

@@ -9,7 +9,7 @@ from torch import Tensor
 from bittrue.ops.contracts import OpTable, Weight
 from bittrue.ops.cpu.capture import Workspace
 from bittrue.ops.dispatch import select
-from bittrue.ops.numeric import bitwise_equal
+from bittrue.ops.numeric import first_difference
 
 OPS = select("cpu")
 
@@ -32,7 +32,7 @@ def test_replay_gives_the_bits_of_the_direct_calls_for_every_new_input() -> None
     for seed in range(3):
         x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
         for got, want in zip(captured.replay(), some_ops(x, norm, matrix, OPS), strict=True):
-            assert bitwise_equal(got, want)
+            assert first_difference(got, want) is None
 
 
 def test_two_captured_functions_share_memory_and_do_not_disturb_each_other() -> None:
@@ -42,8 +42,10 @@ def test_two_captured_functions_share_memory_and_do_not_disturb_each_other() -> 
     second = OPS.capture(lambda ops: ops.rms_norm(ops.rms_norm(x, norm, 1e-6), None, 1e-6))
     want = some_ops(x, norm, matrix, OPS)
     for _ in range(2):
-        assert bitwise_equal(first.replay()[1], want[1])
-        assert bitwise_equal(second.replay(), OPS.rms_norm(OPS.rms_norm(x, norm, 1e-6), None, 1e-6))
+        assert first_difference(first.replay()[1], want[1]) is None
+        assert (
+            first_difference(second.replay(), OPS.rms_norm(OPS.rms_norm(x, norm, 1e-6), None, 1e-6)) is None
+        )
 
 
 def test_arithmetic_outside_the_ops_is_refused_not_left_out() -> None:
@@ -71,3 +73,14 @@ def test_workspace_gives_aligned_memory_that_does_not_overlap_until_rewound() ->
     second = [workspace.take(shape, torch.float32) for shape in shapes]
     assert [t.data_ptr() for t in second] == [t.data_ptr() for t in first]
     assert workspace.num_bytes == held
+
+
+def test_timed_replay_names_every_call_and_gives_the_same_bits() -> None:
+    x, norm, matrix = inputs()
+    assert OPS.capture is not None
+    captured = OPS.capture(lambda ops: some_ops(x, norm, matrix, ops))
+    times = captured.time()
+    assert [name for name, _ in times] == ["rms_norm", "linear", "log_softmax"]
+    assert all(0 < seconds < 1 for _, seconds in times)
+    want = some_ops(x, norm, matrix, OPS)
+    assert all(first_difference(g, w) is None for g, w in zip(captured.result, want, strict=True))

@@ -70,15 +70,23 @@ class CapturedCalls:
     """
 
     result: Any
-    num_calls: int
-    _run: Callable[[int, int], None]
+    calls: tuple[str, ...]  # the kernels, in order
+    _library: ctypes.CDLL
     _program: np.ndarray  # u64, see csrc/program.cpp
-    _address: int
+    _address: ctypes.c_void_p
+    _count: ctypes.c_int64
     _kept: tuple[Any, ...]  # what the program points to
 
     def replay(self) -> Any:
-        self._run(self._address, self.num_calls)
+        self._library.bittrue_run_program(self._address, self._count)
         return self.result
+
+    def time(self) -> list[tuple[str, float]]:
+        """Replays once with a clock around every call: (kernel, seconds) in order."""
+        nanoseconds = np.zeros(len(self.calls), dtype=np.int64)
+        target = ctypes.c_void_p(nanoseconds.ctypes.data)
+        self._library.bittrue_time_program(self._address, self._count, target)
+        return [(name, ns * 1e-9) for name, ns in zip(self.calls, nanoseconds.tolist(), strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +152,6 @@ class CpuCapture:
         self._table = table
         self._table_of = table_of
         self._workspace = Workspace()
-        self._run = kernels.library.bittrue_run_program
-        self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_int64), None
 
     @property
     def num_bytes(self) -> int:
@@ -165,9 +171,10 @@ class CpuCapture:
         program = np.array(kernels.slots, dtype=np.uint64)
         return CapturedCalls(
             result=result,
-            num_calls=len(kernels.calls),
-            _run=self._run,
+            calls=tuple(kernels.calls),
+            _library=self._kernels.library,
             _program=program,
-            _address=program.ctypes.data,
+            _address=ctypes.c_void_p(program.ctypes.data),
+            _count=ctypes.c_int64(len(kernels.calls)),
             _kept=(*kernels.kept, function, self._workspace),
         )

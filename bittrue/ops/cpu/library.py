@@ -71,6 +71,8 @@ def _open_library() -> ctypes.CDLL:
     library.bittrue_best_isa.restype = I64
     library.bittrue_threads.restype = I64
     library.bittrue_set_threads.restype = None
+    library.bittrue_run_program.restype = None
+    library.bittrue_time_program.restype = None
     return library
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class OpTimes:
-    """Calls and seconds per op: of a captured step those of its kernels alone, of a direct one whole calls."""
+    """Calls and seconds per op: of a captured step those of its kernels, of a direct one whole calls."""
 
     calls: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)

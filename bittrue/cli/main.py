@@ -16,6 +16,9 @@ VERBS = {
     "convert": ("bittrue.cli.convert:convert", "Convert checkpoints, or make a small random one."),
     "ops check": ("bittrue.cli.ops:check", "Check every kernel against the reference."),
     "bench ops": ("bittrue.cli.bench:ops", "Time every op."),
+    "bench frontier": ("bittrue.cli.bench:frontier", "Measure speed and memory against context."),
+    "bench serving": ("bittrue.cli.bench:serving", "Measure a server under load."),
+    "bench server": ("bittrue.cli.bench:server", "Measure what the server itself costs."),
     "docs": ("bittrue.cli.docs:docs", "Write the pages of docs/ the program itself knows."),
 }
 _GROUP_HELP = {"ops": "Look at the arithmetic by itself.", "bench": "Measure speed."}

@@ -1,0 +1,236 @@
+"""Speed and memory against context: prefill up to each, decode at it, resident bytes beside the ledger.
+
+The decode steps of all contexts are timed in turn, in rounds, so that their ratio does not hang on how busy
+the machine was in one minute or another.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from bittrue.bench.image import SequenceImage, capture, place, random_image
+from bittrue.bench.result import Label, Measurement, measured, percentile
+from bittrue.bench.timing import once
+from bittrue.config.model import ModelConfig
+from bittrue.config.run import RunConfig
+from bittrue.engine.assembly import numerics
+from bittrue.engine.engine import Engine
+from bittrue.engine.types import Request, SamplingParams, TokenEvent
+from bittrue.errors import UsageError
+from bittrue.kv.layout import KVLayout, pages_for
+
+WARM_STEPS = 2  # after a placement, not timed: the first step finds cold caches
+_MAX_PREFILLS = 5
+_LAST_STEPS = 8  # the steps that stand for the speed at the end of a prefill
+_REFERENCE_CONTEXT = 4096  # decode elsewhere is compared with decode here
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """What to measure. Contexts above ``max_real_prefill`` tokens are filled with random rows."""
+
+    contexts: tuple[int, ...]
+    batch: int = 1
+    max_real_prefill: int = 131072
+    rounds: int = 5
+    steps: int = 8  # timed decode steps of a context in one round
+    prefill_seconds: float = 10.0  # a prefill is repeated (at most 5 times) while all fit in this
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.contexts or min(self.contexts) < 1:
+            raise UsageError("contexts are token counts of 1 or more, and at least one is needed")
+        for name in ("batch", "rounds", "steps"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.max_real_prefill < 0:
+            raise UsageError(f"max_real_prefill is {self.max_real_prefill}; it must be 0 or more")
+
+    @property
+    def margin(self) -> int:
+        """Tokens a sequence generates at most."""
+        return WARM_STEPS + self.steps + 1
+
+
+def engine_config(model: Path, frontier: Frontier, **knobs: object) -> RunConfig:
+    """A run whose KV memory holds ``batch`` sequences of the longest context, and no more."""
+    config = ModelConfig.from_file(model / "config.json")
+    longest = max(frontier.contexts) + 1 + frontier.margin
+    draft = RunConfig.model_validate(
+        {**knobs, "model": str(model), "max_context": longest, "max_running": frontier.batch}
+    )
+    level, act = numerics(draft, config)
+    layout = KVLayout.of(config, level=level, act=act)
+    wanted = (frontier.batch * pages_for(longest), frontier.batch)
+    budget = layout.pool_bytes(*wanted)
+    while layout.fit(budget, max_sequences=frontier.batch, max_context=longest) < wanted:
+        budget += budget // 8
+    return draft.model_copy(update={"kv_memory": budget})
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of this process that are in memory: those of files mapped from disk, and all others."""
+
+    file: int
+    anonymous: int
+
+    @property
+    def total(self) -> int:
+        return self.file + self.anonymous
+
+    @classmethod
+    def now(cls) -> "Footprint":
+        """As Linux tells. Raises UsageError where /proc does not."""
+        try:
+            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        except OSError as error:
+            raise UsageError(f"the frontier needs /proc/self/status to see memory: {error}") from error
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
+        return cls(file=(kib["RssFile"] + kib["RssShmem"]) << 10, anonymous=kib["RssAnon"] << 10)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    image: SequenceImage
+    seconds: float
+    last_speed: float  # tokens/s of the last steps
+
+
+@dataclass(slots=True)
+class FrontierBench:
+    """One run over one idle engine. ``before``: the process before the engine was loaded."""
+
+    engine: Engine
+    frontier: Frontier
+    before: Footprint
+    tell: Tell
+    images: dict[int, list[SequenceImage]] = field(default_factory=dict)
+
+    def run(self) -> Iterator[Measurement]:
+        contexts = sorted(set(self.frontier.contexts))
+        for context in contexts:
+            yield from self._prepare(context)
+            yield from self._memory(context)
+        yield from self._decode(contexts)
+
+    # ---- prefill -----------------------------------------------------------------------------------------
+
+    def _prepare(self, context: int) -> Iterator[Measurement]:
+        """Images of ``batch`` sequences at ``context``; real prefills give the speed on the way."""
+        frontier = self.frontier
+        prompts = [self._prompt(context, i) for i in range(frontier.batch)]
+        if context > frontier.max_real_prefill:
+            self.tell(f"{context} tokens: filling the cache with random rows")
+            image = random_image(self.engine, (*prompts[0], 0), seed=frontier.seed)
+            self.images[context] = [image] * frontier.batch
+            return
+        self.tell(f"{context} tokens: prefill")
+        runs = [self._prefill(prompt) for prompt in prompts]
+        self.images[context] = [run.image for run in runs]
+        left_s = frontier.prefill_seconds - sum(run.seconds for run in runs)
+        while len(runs) < _MAX_PREFILLS and left_s > runs[-1].seconds:
+            runs.append(self._prefill(prompts[0]))
+            left_s -= runs[-1].seconds
+        labels: dict[str, Label] = {"context": context, "filled": False}
+        yield measured("prefill", "tokens/s", [context / run.seconds for run in runs], labels)
+        yield measured("prefill, last steps", "tokens/s", [run.last_speed for run in runs], labels)
+
+    def _prefill(self, prompt: tuple[int, ...]) -> "_Prefill":
+        """One sequence, alone, from nothing to its first token."""
+        engine, name = self.engine, "prefill"
+        params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+        engine.add(Request(request_id=name, prompt=prompt, params=params))
+        steps: list[float] = []
+        events: list[TokenEvent] = []
+        while not events:
+            steps.append(once(lambda: events.extend(engine.step())))
+        image = capture(engine, name)
+        self._clear([name])
+        last = steps[-_LAST_STEPS:]
+        last_tokens = len(prompt) - (len(steps) - len(last)) * engine.run.max_step_tokens
+        return _Prefill(image, sum(steps), last_tokens / sum(last))
+
+    def _prompt(self, num_tokens: int, index: int) -> tuple[int, ...]:
+        vocab = self.engine.config.vocab_size
+        source = np.random.Generator(np.random.PCG64((self.frontier.seed, num_tokens, index)))
+        ids = list(range(vocab))  # equal ids are one object: a long prompt costs 8 bytes a token, not 36
+        return tuple(ids[i] for i in source.integers(0, vocab, num_tokens))
+
+    # ---- memory ------------------------------------------------------------------------------------------
+
+    def _memory(self, context: int) -> Iterator[Measurement]:
+        """Resident bytes while ``batch`` sequences decode at ``context``, and what the ledger says to them.
+
+        Contexts come in ascending order, so no page is resident that the present sequences do not hold.
+        """
+        names = self._place(context)
+        for _ in range(WARM_STEPS):
+            self.engine.step()
+        now, stats = Footprint.now(), self.engine.stats()
+        self._clear(names)
+        parts = self.engine.parts
+        pool = parts.layout.pool_bytes(stats.pages_held, stats.slots_held)
+        weights = sum(f.stat().st_size for f in Path(self.engine.run.model).glob("*.safetensors"))
+        unique = {id(image): image.num_bytes for images in self.images.values() for image in images}
+        own = sum(unique.values())
+        filled = self.images[context][0].is_filled
+        labels: dict[str, Label] = {"context": context, "batch": self.frontier.batch, "filled": filled}
+        ledger: dict[str, Label] = {
+            "file_bytes": now.file,
+            "before_bytes": self.before.total,
+            "benchmark_bytes": own,
+            "weight_bytes": weights,
+            "pool_bytes": pool,
+        }
+        yield measured("resident", "bytes", [now.total], {**labels, **ledger})
+        beyond = now.total - self.before.total - own - weights - pool
+        yield measured("resident beyond ledger", "bytes", [beyond], labels)
+
+    # ---- decode ------------------------------------------------------------------------------------------
+
+    def _decode(self, contexts: Sequence[int]) -> Iterator[Measurement]:
+        frontier = self.frontier
+        rounds: dict[int, list[list[float]]] = {context: [] for context in contexts}
+        order = list(contexts)
+        for number in range(frontier.rounds):
+            self.tell(f"decode, round {number + 1} of {frontier.rounds}")
+            for context in order:
+                rounds[context].append(self._time_steps(context))
+            order.reverse()
+        for context in contexts:
+            steps = [step for each in rounds[context] for step in each]
+            filled = self.images[context][0].is_filled
+            labels: dict[str, Label] = {"context": context, "batch": frontier.batch, "filled": filled}
+            yield measured("decode step", "s", steps, labels)
+            yield measured("decode", "tokens/s", [frontier.batch / step for step in steps], labels)
+            if _REFERENCE_CONTEXT in rounds and context != _REFERENCE_CONTEXT:
+                pairs = zip(rounds[_REFERENCE_CONTEXT], rounds[context], strict=True)
+                shares = [_median(reference) / _median(here) for reference, here in pairs]
+                yield measured("decode over decode at 4096", "ratio", shares, labels)
+
+    def _time_steps(self, context: int) -> list[float]:
+        """Seconds of each timed decode step of one round."""
+        names = self._place(context)
+        for _ in range(WARM_STEPS):
+            self.engine.step()
+        seconds = [once(self.engine.step) for _ in range(self.frontier.steps)]
+        self._clear(names)
+        return seconds
+
+    def _place(self, context: int) -> list[str]:
+        return place(self.engine, self.images[context], max_tokens=self.frontier.margin)
+
+    def _clear(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.engine.abort(name)
+        self.engine.step()  # takes the events of the aborts
+        self.engine.check()
+
+
+def _median(values: Sequence[float]) -> float:
+    return percentile(sorted(values), 0.5)

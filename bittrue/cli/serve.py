@@ -1,5 +1,6 @@
 """`bittrue serve MODEL`: an OpenAI-compatible server on one checkpoint."""
 
+import sys
 from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,7 +9,8 @@ from cyclopts import Parameter
 
 from bittrue.config.load import load_run_config
 from bittrue.config.run import RunConfig, knob_help
-from bittrue.server.run import run_server
+from bittrue.engine.launch import EngineProcess
+from bittrue.obs.log import Log
 
 # One flag per knob. Values stay text: RunConfig alone knows types and ranges.
 _Flags: Any = make_dataclass(
@@ -36,4 +38,10 @@ def serve(
     given = {knob: value for knob, value in vars(flags).items() if value is not None}
     if model is not None:
         given["model"] = model
-    return run_server(load_run_config(config, given))
+    resolved = load_run_config(config, given)
+    Log(sys.stderr, resolved.log_level).info("config", **resolved.public())
+    with EngineProcess.start(resolved) as engine:
+        # Imported while the engine process loads: the two take their time side by side.
+        from bittrue.server.run import run_server
+
+        return run_server(resolved, engine)

@@ -1,6 +1,7 @@
 """Builds what an engine runs on from a checkpoint directory and a RunConfig: everything that is chosen
 once."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from bittrue.engine.runner import Runner
 from bittrue.engine.types import SamplingParams
 from bittrue.errors import BackendUnavailable, ConfigError
 from bittrue.kv.layout import KVLayout
+from bittrue.kv.ledger import Ledger, StepBounds, memory_ledger
 from bittrue.kv.pool import allocate
 from bittrue.model.build import TensorSource, build_parameters
 from bittrue.model.deepseek_v4 import DeepseekV4
@@ -39,6 +41,8 @@ class Assembly:
     tokenizer: Tokenizer
     compiler: GrammarCompiler
     weight_version: str
+    ledger: Ledger
+    verified: str  # the checkpoint's stamp: its values were found sound
 
     def new_grammar(self, params: SamplingParams) -> DelayedGrammar | None:
         """The grammar state of a new sequence, or None when it is free."""
@@ -47,8 +51,9 @@ class Assembly:
         return DelayedGrammar(GrammarState(self.compiler, params.grammar), params.grammar_after)
 
 
-def assemble(run: RunConfig, *, progress: Progress | None = None) -> Assembly:
-    """Loads the checkpoint, selects the ops, sizes and allocates the KV memory.
+def assemble(run: RunConfig, *, progress: Progress | None = None, verified: str = "") -> Assembly:
+    """Loads the checkpoint, selects the ops, sizes and allocates the KV memory. A checkpoint whose stamp is
+    ``verified`` is not searched for NaN again.
 
     Raises ConfigError, CheckpointError, BackendUnavailable.
     """
@@ -57,7 +62,7 @@ def assemble(run: RunConfig, *, progress: Progress | None = None) -> Assembly:
             f"device {run.device!r} is not available: this build runs on the CPU; use --device cpu"
         )
     directory = Path(run.model)
-    checkpoint = load_checkpoint(directory, progress=progress)
+    checkpoint = load_checkpoint(directory, verified=verified, progress=progress)
     config = checkpoint.config
     level, act = numerics(run, config)
     ops = select(run.backend, isa=None if run.isa == "auto" else run.isa, threads=run.threads or None)
@@ -79,6 +84,21 @@ def assemble(run: RunConfig, *, progress: Progress | None = None) -> Assembly:
         tokenizer=tokenizer,
         compiler=GrammarCompiler(tokenizer, config.vocab_size),
         weight_version=weight_version(checkpoint),
+        ledger=memory_ledger(
+            layout,
+            config,
+            act=act,
+            pages=num_pages,
+            slots=num_slots,
+            weight_bytes=checkpoint.num_bytes,
+            bounds=StepBounds(
+                max_step_tokens=run.max_step_tokens,
+                max_running=run.max_running,
+                max_context=max_context,
+                threads=run.threads or os.cpu_count() or 1,
+            ),
+        ),
+        verified=checkpoint.stamp,
     )
 
 

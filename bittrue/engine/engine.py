@@ -18,7 +18,14 @@ from bittrue.engine.output import Ending, Output
 from bittrue.engine.plan import ScheduledSequence, SequenceOutput, StepPlan
 from bittrue.engine.sampler import SampleInput, sample, token_logprob
 from bittrue.engine.scheduler import Scheduler, SchedulerLimits
-from bittrue.engine.types import EngineStats, Request, SamplingParams, TokenEvent, TokenLogprob
+from bittrue.engine.types import (
+    EngineStats,
+    MemoryReport,
+    Request,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+)
 from bittrue.errors import InvalidRequest
 from bittrue.kv.manager import KVManager
 from bittrue.model.batch import Segment
@@ -41,10 +48,11 @@ class Engine:
         run: RunConfig | None = None,
         *,
         progress: Progress | None = None,
+        verified: str = "",
         **knobs: Any,
     ) -> None:
         self.run = run if run is not None else RunConfig(model=str(model), **knobs)
-        self.parts: Assembly = assemble(self.run, progress=progress)
+        self.parts: Assembly = assemble(self.run, progress=progress, verified=verified)
         parts = self.parts
         self.config = parts.config
         self.max_context = parts.max_context
@@ -56,7 +64,8 @@ class Engine:
             max_queue=self.run.max_queue,
             max_context=self.max_context,
         )
-        self._scheduler = Scheduler(limits, KVManager(parts.num_pages, parts.num_slots))
+        budget = parts.layout.budget(self.run.max_running)
+        self._scheduler = Scheduler(limits, KVManager(parts.num_pages, parts.num_slots), budget)
         self._outputs: dict[str, Output] = {}
         self._ready: list[TokenEvent] = []  # events that need no step
         self._names = itertools.count()
@@ -92,6 +101,17 @@ class Engine:
 
     def stats(self) -> EngineStats:
         return msgspec.structs.replace(self._scheduler.stats(), weight_version=self.parts.weight_version)
+
+    @property
+    def verified(self) -> str:
+        """Identity of the checkpoint's files, whose values were found sound."""
+        return self.parts.verified
+
+    def memory(self) -> MemoryReport:
+        layout = self.parts.layout
+        return MemoryReport(
+            ledger=self.parts.ledger.lines, page_bytes=layout.page_bytes, slot_bytes=layout.slot_bytes
+        )
 
     def check(self) -> None:
         """Asserts that every page and slot is free or held by a live sequence (tests and debugging)."""

@@ -1,5 +1,6 @@
 """The engine process: owns the model and the KV memory, takes requests from a socket, sends back tokens."""
 
+import gc
 import importlib
 import os
 import queue
@@ -13,7 +14,8 @@ from typing import Any, Protocol
 
 from bittrue.config.load import run_config_from_json
 from bittrue.config.run import RunConfig
-from bittrue.engine.types import Abort, EngineStats, Request, TokenEvent
+from bittrue.engine.outbox import Outbox
+from bittrue.engine.types import Abort, EngineStats, MemoryReport, Request, TokenEvent
 from bittrue.engine.wire import (
     HEADER_BYTES,
     FromEngine,
@@ -26,7 +28,6 @@ from bittrue.engine.wire import (
     ToEngine,
     body_bytes,
     decode_to_engine,
-    frame,
     refusal,
 )
 from bittrue.errors import BittrueError, EngineDied
@@ -35,6 +36,7 @@ from bittrue.obs.progress import LoadProgress
 
 EXIT_REFUSED = 2  # the engine could not be built; the reason was sent
 EXIT_CRASHED = 70  # an unforeseen error; its traceback is on stderr
+_LAST_WORDS_S = 5.0  # a server that reads nothing for so long does not hear how the process ended
 
 
 class ModelFacts(Protocol):
@@ -46,26 +48,31 @@ class ServedEngine(Protocol):
     """What the process needs of an engine (engine.Engine is one).
 
     Events of a request with ``resume`` hold only the tokens after those. ``has_work()``: ``step()`` gets on.
+    ``verified``: identity of the checkpoint's files, found sound.
     """
 
     @property
     def config(self) -> ModelFacts: ...
     @property
     def max_context(self) -> int: ...
+    @property
+    def verified(self) -> str: ...
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[TokenEvent]: ...
     def has_work(self) -> bool: ...
     def stats(self) -> EngineStats: ...
+    def memory(self) -> MemoryReport: ...
     def fingerprint(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
 
 
 class EngineFactory(Protocol):
-    """Builds the engine; ``progress`` is told (bytes done, bytes in all, tensor at hand)."""
+    """Builds the engine; ``progress`` is told (bytes done, bytes in all, tensor at hand). Files of which
+    ``verified`` tells that they were found sound are not read through again."""
 
     def __call__(
-        self, model: str, run: RunConfig, *, progress: Callable[[int, int, str], None]
+        self, model: str, run: RunConfig, *, progress: Callable[[int, int, str], None], verified: str
     ) -> ServedEngine: ...
 
 
@@ -74,27 +81,36 @@ def main(fd: int) -> int:
     # A terminal's Ctrl-C and a service manager's SIGTERM reach the whole group: the server decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Imports and start-up make hundreds of thousands of objects that stay: looking through them for cycles
+    # again and again costs a quarter second of the start, and later a pause now and then.
+    gc.disable()
     link = socket.socket(fileno=fd)
     inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
     threading.Thread(target=_read_messages, args=(link, inbox), name="inbox", daemon=True).start()
+    outbox = Outbox(link, on_gone=lambda: os._exit(0))  # the server process has gone
+    try:
+        return _serve(inbox, outbox.send)
+    finally:
+        outbox.close(_LAST_WORDS_S)
 
-    def send(message: FromEngine) -> None:
-        try:
-            link.sendall(frame(message))
-        except ConnectionError:
-            os._exit(0)  # the server process has gone
 
+def _serve(inbox: "queue.SimpleQueue[ToEngine]", send: Callable[[FromEngine], None]) -> int:
+    """Builds the engine and runs it until Shutdown. Returns the exit code."""
     engine: ServedEngine | None = None
     try:
         hello = inbox.get()
         assert isinstance(hello, Hello), hello
         engine = _build(hello)
+        gc.freeze()
+        gc.enable()
         send(
             Ready(
                 max_context=engine.max_context,
                 vocab_size=engine.config.vocab_size,
                 fingerprint=engine.fingerprint(),
                 stats=engine.stats(),
+                memory=engine.memory(),
+                verified=engine.verified,
             )
         )
         _run(engine, inbox, send)
@@ -123,7 +139,7 @@ def _build(hello: Hello) -> ServedEngine:
     module_name, _, attribute = hello.factory.partition(":")
     factory: EngineFactory = getattr(importlib.import_module(module_name), attribute)
     with LoadProgress(Log(sys.stderr, config.log_level), config.model) as progress:
-        return factory(config.model, config, progress=progress)
+        return factory(config.model, config, progress=progress, verified=hello.verified)
 
 
 def _read_messages(link: socket.socket, inbox: "queue.SimpleQueue[ToEngine]") -> None:
@@ -136,18 +152,19 @@ def _read_messages(link: socket.socket, inbox: "queue.SimpleQueue[ToEngine]") ->
         inbox.put(decode_to_engine(body))
 
 
-def _read_exactly(link: socket.socket, num_bytes: int) -> bytes | None:
+def _read_exactly(link: socket.socket, num_bytes: int) -> bytearray | None:
     """None at the end of the stream."""
-    parts = bytearray()
-    while len(parts) < num_bytes:
+    data = bytearray(num_bytes)
+    view = memoryview(data)
+    while view:
         try:
-            part = link.recv(num_bytes - len(parts))
+            count = link.recv_into(view)
         except OSError:
             return None
-        if not part:
+        if count == 0:
             return None
-        parts += part
-    return bytes(parts)
+        view = view[count:]
+    return data
 
 
 def _run(

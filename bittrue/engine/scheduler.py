@@ -33,9 +33,9 @@ from dataclasses import dataclass
 
 from bittrue.engine.plan import ScheduledSequence, SequenceOutput, StepPlan
 from bittrue.engine.sequence import Sequence
-from bittrue.engine.types import EngineStats, FinishReason, Request
+from bittrue.engine.types import EngineStats, FinishReason, PrefillProgress, Request
 from bittrue.errors import ConfigError, InvalidRequest, PromptTooLong, QueueFull
-from bittrue.kv.layout import pages_for
+from bittrue.kv.layout import KVBudget, pages_for
 from bittrue.kv.manager import KVManager
 
 
@@ -61,9 +61,11 @@ class SchedulerLimits:
 class Scheduler:
     """Owns every live sequence. ``schedule`` and ``commit`` alternate; ``add`` and ``abort`` between."""
 
-    def __init__(self, limits: SchedulerLimits, kv: KVManager) -> None:
+    def __init__(self, limits: SchedulerLimits, kv: KVManager, budget: KVBudget | None = None) -> None:
+        """``budget`` says how large a KV memory must be for what ``add`` refuses (in its message)."""
         self.limits = limits
         self.kv = kv
+        self._budget = budget
         self._max_running = min(limits.max_running, kv.num_slots)
         self._live: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # by rank
@@ -76,6 +78,7 @@ class Scheduler:
         self._num_preempted = 0
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
+        self._num_prefill_tokens = 0
 
     # Requests in and out.
 
@@ -117,7 +120,8 @@ class Scheduler:
             limit, remedy = f"context of this server is {self.limits.max_context}", ""
         elif not self.kv.can_ever_fit(total):
             limit = f"KV memory of this server holds {self.kv.capacity_tokens}"
-            remedy = ", or start the server with a larger --kv-memory"
+            needed = "" if self._budget is None else f" ({self._budget.needed_for(total)} bytes)"
+            remedy = f", or start the server with a larger --kv-memory{needed}"
         else:
             return
         raise InvalidRequest(
@@ -180,6 +184,8 @@ class Scheduler:
             sequence = self._in_flight[part.seq_id]
             if sequence.is_finished:
                 continue
+            is_decode = part.end == len(sequence.tokens) and part.end > sequence.num_prompt
+            self._num_prefill_tokens += part.num_tokens - is_decode
             sequence.num_computed = part.end
             sequence.fold = max(sequence.fold, part.end - self.limits.max_draft)
             sequence.last_step = plan.step
@@ -340,6 +346,12 @@ class Scheduler:
             num_steps_total=self._num_steps,
             num_prompt_tokens_total=self._num_prompt_tokens,
             num_generated_tokens_total=self._num_generated_tokens,
+            num_prefill_tokens_total=self._num_prefill_tokens,
+            prefills=tuple(
+                PrefillProgress(s.seq_id, s.num_computed, len(s.tokens))
+                for s in self._running
+                if s.num_remaining > 1
+            ),
             pages_total=self.kv.num_pages,
             pages_free=self.kv.num_free_pages,
             pages_held=self.kv.num_held_pages,

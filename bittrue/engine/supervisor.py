@@ -3,9 +3,6 @@
 import asyncio
 import contextlib
 import itertools
-import json
-import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,13 +10,15 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from bittrue.config.run import RunConfig
 from bittrue.engine.journal import Journal
+from bittrue.engine.launch import EngineProcess
 from bittrue.engine.types import Abort, EngineStats, Request, TokenEvent
 from bittrue.engine.wire import (
     HEADER_BYTES,
     FromEngine,
-    Hello,
     Ping,
     Pong,
     Ready,
@@ -35,19 +34,12 @@ from bittrue.engine.wire import (
 from bittrue.errors import BittrueError, EngineDied, InvalidRequest, QueueFull
 from bittrue.obs.log import Log
 from bittrue.obs.metrics import Metrics
+from bittrue.obs.prefill import PrefillLog
 
-DEFAULT_FACTORY = "bittrue.engine.engine:Engine"
-# The engine process imports from exactly where the server does. A terminal's Ctrl-C is for the server to act
-# on, from the first moment.
-_BOOT = (
-    "import json, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    "sys.path[:] = json.loads(sys.argv[2]); "
-    "from bittrue.engine.process import main; sys.exit(main(int(sys.argv[1])))"
-)
 _BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
-_MAX_FRUITLESS_RESTARTS = (
-    2  # a request that was there at three engine deaths in a row without a token is given up
-)
+# A request that was there at three engine deaths in a row without a token is given up.
+_MAX_FRUITLESS_RESTARTS = 2
+_READ_BUFFER = 1 << 20  # bytes; a step's frame should never wait for the stream to resume
 _CLOSE_TIMEOUT_S = 10.0
 
 
@@ -74,6 +66,13 @@ class EventChannel:
     ) -> None:
         for request_id in self.unfinished:
             self._client.abort(request_id)
+
+    def prefill(self) -> tuple[int, int] | None:
+        """(tokens computed, tokens known) of the sequences that prefill right now; None when none does."""
+        running = [p for p in self._client.stats.prefills if p.request_id in self.unfinished]
+        if not running:
+            return None
+        return sum(p.num_done for p in running), sum(p.num_total for p in running)
 
     async def next_events(self, timeout_s: float | None = None) -> list[TokenEvent]:
         """Every event that has arrived, waiting for at least one; empty after ``timeout_s`` of silence.
@@ -125,7 +124,7 @@ class _Subscriber:
 class _Link:
     """One engine process and the streams to it."""
 
-    process: asyncio.subprocess.Process
+    process: EngineProcess
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
@@ -152,7 +151,6 @@ class EngineClient:
     config: RunConfig
     log: Log
     metrics: Metrics
-    factory: str = DEFAULT_FACTORY
     on_dead: Callable[[EngineDied], None] = lambda error: None
     journal: Journal = field(init=False, default_factory=Journal)
     stats: EngineStats = field(init=False, default_factory=EngineStats)
@@ -164,13 +162,17 @@ class EngineClient:
     _subscribers: dict[str, _Subscriber] = field(init=False, default_factory=dict)
     _pings: dict[int, asyncio.Future[EngineStats]] = field(init=False, default_factory=dict)
     _ping_ids: "itertools.count[int]" = field(init=False, default_factory=itertools.count)
+    _prefill_log: PrefillLog = field(init=False)
     _supervision: asyncio.Task[None] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._prefill_log = PrefillLog(self.log)
 
     # ---- what the server calls ----
 
-    async def start(self) -> Ready:
-        """Starts the process and waits until the engine is built. Raises the BittrueError in its way."""
-        self._ready = await self._launch()
+    async def start(self, process: EngineProcess) -> Ready:
+        """Waits until ``process`` has built its engine. Raises the BittrueError in its way."""
+        self._ready = await self._adopt(process)
         self._supervision = asyncio.create_task(self._supervise(), name="engine supervision")
         return self._ready
 
@@ -253,28 +255,15 @@ class EngineClient:
 
     # ---- one engine process ----
 
-    async def _launch(self) -> Ready:
-        ours, theirs = socket.socketpair()
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", _BOOT, str(theirs.fileno()), json.dumps(sys.path)),
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=2,  # stdout belongs to the server's result
-            )
-        finally:
-            theirs.close()
-        link = _Link(process, *await asyncio.open_connection(sock=ours))
-        link.write(Hello(factory=self.factory, run_config=self.config.model_dump_json()))
+    async def _adopt(self, process: EngineProcess) -> Ready:
+        link = _Link(process, *await asyncio.open_connection(sock=process.link, limit=_READ_BUFFER))
         try:
             message = await link.read()
         except asyncio.CancelledError:
             process.kill()
             raise
         if not isinstance(message, Ready):
-            code = (
-                await process.wait()
-            )  # first: at the end of the stream it would exit without its last words
+            code = await process.wait()  # first: at the stream's end it would exit without its last words
             link.close()
             if isinstance(message, Refused):
                 raise error_of(message)
@@ -291,6 +280,9 @@ class EngineClient:
             slots=message.stats.slots_total,
             **message.fingerprint,
         )
+        ledger = message.memory.ledger
+        if ledger:
+            self.log.info("memory", **ledger, total=sum(ledger.values()))
         return message
 
     async def _supervise(self) -> None:
@@ -298,6 +290,8 @@ class EngineClient:
             link = self._link
             await self._dispatch(link)
             self._link = None
+            self.stats = msgspec.structs.replace(self.stats, prefills=())
+            self._prefill_log.forget_all()
             link.close()
             code = await link.process.wait()
             self._settle_pings()
@@ -305,12 +299,12 @@ class EngineClient:
                 return
             self.log.error("engine_died", pid=link.process.pid, code=code, unfinished=len(self.journal))
             try:
-                await self._restart()
+                await self._restart(link.process)
             except EngineDied as error:
                 self._give_up(error)
                 return
 
-    async def _restart(self) -> None:
+    async def _restart(self, last: EngineProcess) -> None:
         """A new process that goes on with the journal. EngineDied after too many deaths without a token."""
         self._fail_repeat_offenders()
         while not self._is_closing:
@@ -322,7 +316,7 @@ class EngineClient:
             self._num_fruitless_restarts += 1
             self.metrics.count("bittrue_engine_restarts")
             try:
-                ready = await self._launch()
+                ready = await self._adopt(last.again(verified=self.ready.verified))
             except BittrueError as error:
                 self.log.error("engine_restart_failed", error=error)
                 continue
@@ -365,10 +359,7 @@ class EngineClient:
         while (message := await link.read()) is not None:
             match message:
                 case StepDone():
-                    self.stats = message.stats
-                    now_s = time.perf_counter()
-                    for event in message.events:
-                        self._deliver(event, now_s)
+                    self._take_step(message)
                 case Refused(request_id=str() as request_id):
                     self._fail(request_id, error_of(message))
                 case Pong():
@@ -378,6 +369,15 @@ class EngineClient:
                         waiting.set_result(message.stats)
                 case _:
                     self.log.error("engine_message_unexpected", kind=type(message).__name__)
+
+    def _take_step(self, step: StepDone) -> None:
+        self.stats = step.stats
+        now_s = time.perf_counter()
+        for prefill in step.stats.prefills:
+            if prefill.request_id in self._subscribers:
+                self._prefill_log.note(prefill.request_id, prefill.num_done, prefill.num_total, now_s)
+        for event in step.events:
+            self._deliver(event, now_s)
 
     def _deliver(self, event: TokenEvent, now_s: float) -> None:
         seen = self.journal.record(event)
@@ -400,6 +400,7 @@ class EngineClient:
         if num_tokens == 0:
             return
         metrics = self.metrics
+        self._prefill_log.end(event.request_id, now_s)
         if subscriber.last_token_s is None:
             metrics.observe("bittrue_time_to_first_token_seconds", now_s - subscriber.opened_s)
             if event.queued_s is not None:
@@ -419,6 +420,7 @@ class EngineClient:
     def _drop(self, request_id: str, finish_reason: str) -> _Subscriber:
         self.metrics.count("bittrue_sequences", finish_reason=finish_reason)
         self._note_unfinished()
+        self._prefill_log.forget(request_id)
         return self._subscribers.pop(request_id)
 
     def _note_unfinished(self) -> None:

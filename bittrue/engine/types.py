@@ -79,8 +79,32 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag="abort"):
     request_id: str
 
 
+class PrefillProgress(msgspec.Struct, frozen=True, array_like=True):
+    """How far one running sequence is from its next token: ``num_done`` of ``num_total`` known tokens are
+    computed."""
+
+    request_id: str
+    num_done: int
+    num_total: int
+
+
+class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine may come to hold. ``ledger``: bytes by kind (kv/ledger.py).
+
+    ``page_bytes``, ``slot_bytes``: of one page, one state slot; from them follows what a longer sequence
+    needs.
+    """
+
+    ledger: dict[str, int] = {}
+    page_bytes: int = 0
+    slot_bytes: int = 0
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
-    """Counters and gauges of the engine at one moment. Pages: free + held = total, always."""
+    """Counters and gauges of the engine at one moment. Pages: free + held = total, always.
+
+    ``prefills``: the running sequences with more than one known token to compute, by rank.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -88,6 +112,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     num_steps_total: int = 0
     num_prompt_tokens_total: int = 0
     num_generated_tokens_total: int = 0
+    num_prefill_tokens_total: int = 0  # computed tokens that were known: prompts, and what preemption lost
+    prefills: tuple[PrefillProgress, ...] = ()
     pages_total: int = 0
     pages_free: int = 0
     pages_held: int = 0

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from bittrue import errors
-from bittrue.engine.types import Abort, EngineStats, Request, TokenEvent
+from bittrue.engine.types import Abort, EngineStats, MemoryReport, Request, TokenEvent
 
 _LENGTH = struct.Struct("<I")
 HEADER_BYTES = _LENGTH.size
@@ -15,8 +15,9 @@ HEADER_BYTES = _LENGTH.size
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """First message to a new engine process: what to build."""
 
-    factory: str  # "package.module:callable"; called with (model directory, RunConfig, progress=)
+    factory: str  # "package.module:callable"; called with (model directory, RunConfig, progress=, verified=)
     run_config: str  # RunConfig as JSON
+    verified: str = ""  # ``Ready.verified`` of an earlier process on these files
 
 
 class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping"):
@@ -30,12 +31,17 @@ class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag="ready"):
-    """The engine is built. Engines of different ``fingerprint`` may not continue each other's sequences."""
+    """The engine is built. Engines of different ``fingerprint`` may not continue each other's sequences.
+
+    ``verified`` stands for the checkpoint's files as they were read and found sound.
+    """
 
     max_context: int
     vocab_size: int
     fingerprint: dict[str, Any]
     stats: EngineStats
+    memory: MemoryReport
+    verified: str = ""
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
@@ -81,13 +87,13 @@ def frame(message: ToEngine | FromEngine) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def body_bytes(header: bytes) -> int:
+def body_bytes(header: bytes | bytearray) -> int:
     """The length a frame's header announces."""
     length: int = _LENGTH.unpack(header)[0]
     return length
 
 
-def decode_to_engine(body: bytes) -> ToEngine:
+def decode_to_engine(body: bytes | bytearray) -> ToEngine:
     message: ToEngine = _TO_ENGINE.decode(body)
     return message
 

@@ -105,6 +105,64 @@ def layer_layout(
 
 
 @dataclass(frozen=True, slots=True)
+class KVBudget:
+    """How a number of bytes becomes pages and state slots, and back."""
+
+    page_bytes: int
+    slot_bytes: int
+    max_sequences: int
+
+    def __post_init__(self) -> None:
+        if self.max_sequences < 1:
+            raise ConfigError(
+                f"max_sequences is {self.max_sequences}; it must be 1 or more", field="max_sequences"
+            )
+
+    def fit(self, budget_bytes: int, *, max_context: int) -> tuple[int, int]:
+        """How many (pages, slots) to make of ``budget_bytes``: never more than ``max_sequences`` could use.
+
+        One slot and one page always; further slots, each with a page, out of at most a quarter of the
+        budget; the rest is pages. So a budget short of one full context still serves many short sequences
+        at once, and a long one has three quarters of it at least.
+        Raises ConfigError when not even one slot and one page fit.
+        """
+        if max_context < 1:
+            raise ConfigError(f"max_context is {max_context}; it must be 1 or more", field="max_context")
+        smallest = self.slot_bytes + self.page_bytes
+        if budget_bytes < smallest:
+            raise ConfigError(
+                f"the KV memory is {budget_bytes} bytes, but one sequence of one page needs {smallest} "
+                f"({self.slot_bytes} for its state, {self.page_bytes} for {PAGE_TOKENS} tokens); "
+                "raise --kv-memory",
+                field="kv_memory",
+            )
+        more = affordable(max(0, budget_bytes // 4 - smallest), smallest, self.max_sequences - 1)
+        pages = slots = 1 + more
+        left = budget_bytes - pages * smallest
+        pages += affordable(left, self.page_bytes, self.max_sequences * pages_for(max_context) - pages)
+        return pages, slots
+
+    def needed_for(self, num_tokens: int) -> int:
+        """The budget from which on ``fit`` gives one sequence of ``num_tokens`` tokens its pages.
+
+        No smaller one does *and* keeps doing so: a budget that just reaches one more slot has fewer pages
+        left, so the answer is the largest of the bounds that the numbers of slots set.
+        """
+        smallest = self.slot_bytes + self.page_bytes
+        pages = pages_for(num_tokens)
+        needed = smallest
+        for slots in range(1, self.max_sequences + 1):
+            begin = smallest if slots == 1 else 4 * slots * smallest
+            # Of budgets that give this many slots, those below ``enough`` have too few pages.
+            enough = max(pages, slots) * self.page_bytes + slots * self.slot_bytes
+            if enough <= begin:
+                continue
+            end = enough if slots == self.max_sequences else min(enough, 4 * (slots + 1) * smallest)
+            needed = max(needed, end)
+        return needed
+
+
+@dataclass(frozen=True, slots=True)
 class KVLayout:
     """The cache of a whole model. ``layers[i]`` describes layer i."""
 
@@ -140,33 +198,13 @@ class KVLayout:
     def pool_bytes(self, pages: int, slots: int) -> int:
         return pages * self.page_bytes + slots * self.slot_bytes
 
-    def fit(self, budget_bytes: int, *, max_sequences: int, max_context: int) -> tuple[int, int]:
-        """How many (pages, slots) to make of ``budget_bytes``: never more than ``max_sequences`` could use.
+    def budget(self, max_sequences: int) -> KVBudget:
+        """The same layout seen from the bytes."""
+        return KVBudget(self.page_bytes, self.slot_bytes, max_sequences)
 
-        One slot and one page always; further slots, each with a page, out of at most a quarter of the
-        budget; the rest is pages. So a budget short of one full context still serves many short sequences
-        at once, and a long one has three quarters of it at least.
-        Raises ConfigError when not even one slot and one page fit.
-        """
-        if max_sequences < 1 or max_context < 1:
-            raise ConfigError(
-                f"max_sequences is {max_sequences}, max_context {max_context}; both must be 1 or more",
-                field="max_sequences" if max_sequences < 1 else "max_context",
-            )
-        smallest = self.pool_bytes(1, 1)
-        if budget_bytes < smallest:
-            raise ConfigError(
-                f"the KV memory is {budget_bytes} bytes, but one sequence of one page needs {smallest} "
-                f"({self.slot_bytes} for its state, {self.page_bytes} for {PAGE_TOKENS} tokens); "
-                "raise --kv-memory",
-                field="kv_memory",
-            )
-        pair_bytes = self.slot_bytes + self.page_bytes
-        more = affordable(max(0, budget_bytes // 4 - smallest), pair_bytes, max_sequences - 1)
-        pages = slots = 1 + more
-        left = budget_bytes - self.pool_bytes(pages, slots)
-        pages += affordable(left, self.page_bytes, max_sequences * pages_for(max_context) - pages)
-        return pages, slots
+    def fit(self, budget_bytes: int, *, max_sequences: int, max_context: int) -> tuple[int, int]:
+        """``KVBudget.fit``: how many (pages, slots) to make of ``budget_bytes``."""
+        return self.budget(max_sequences).fit(budget_bytes, max_context=max_context)
 
 
 def affordable(budget_bytes: int, unit_bytes: int, wanted: int) -> int:

@@ -1,9 +1,12 @@
 """The one table of metric names, as Prometheus collectors on a registry of its own."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from bittrue.obs.resident import Resident
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -24,6 +27,13 @@ METRICS = (
     ),
     MetricSpec("bittrue_sequences", "counter", "Sequences ended, by finish reason.", ("finish_reason",)),
     MetricSpec("bittrue_prompt_tokens", "counter", "Prompt tokens of sequences that produced a first event."),
+    MetricSpec(
+        "bittrue_prefill_tokens", "counter", "Known tokens computed: prompts, and what preemption lost."
+    ),
+    MetricSpec("bittrue_prefill_tokens_done", "gauge", "Tokens computed of the prefills that run."),
+    MetricSpec(
+        "bittrue_prefill_tokens_remaining", "gauge", "Tokens the prefills that run have to compute yet."
+    ),
     MetricSpec("bittrue_cached_tokens", "counter", "Prompt tokens taken from the prefix cache."),
     MetricSpec("bittrue_generated_tokens", "counter", "Tokens generated."),
     MetricSpec("bittrue_queue_seconds", "histogram", "Arrival in the engine to the first step."),
@@ -39,7 +49,25 @@ METRICS = (
     MetricSpec("bittrue_engine_restarts", "counter", "Restarts of the engine process."),
     MetricSpec("bittrue_pages", "gauge", "KV pages: free, held, total (free + held = total).", ("state",)),
     MetricSpec("bittrue_state_slots", "gauge", "State slots: free, held, total.", ("state",)),
+    MetricSpec(
+        "bittrue_memory_bytes", "gauge", "The engine's memory ledger: what it may come to hold.", ("kind",)
+    ),
+    MetricSpec(
+        "bittrue_resident_bytes",
+        "gauge",
+        "Memory resident now: pages of mapped files (weights, libraries), and the process's own.",
+        ("process", "pages"),
+    ),
 )
+
+
+class PrefillNumbers(Protocol):
+    """How far one sequence's prefill is."""
+
+    @property
+    def num_done(self) -> int: ...
+    @property
+    def num_total(self) -> int: ...
 
 
 class EngineNumbers(Protocol):
@@ -53,6 +81,10 @@ class EngineNumbers(Protocol):
     def num_preempted_total(self) -> int: ...
     @property
     def num_steps_total(self) -> int: ...
+    @property
+    def num_prefill_tokens_total(self) -> int: ...
+    @property
+    def prefills(self) -> Sequence[PrefillNumbers]: ...
     @property
     def pages_total(self) -> int: ...
     @property
@@ -110,8 +142,23 @@ class Metrics:
         ):
             self.set("bittrue_pages", pages, state=state)
             self.set("bittrue_state_slots", slots, state=state)
+        done = sum(prefill.num_done for prefill in stats.prefills)
+        self.set("bittrue_prefill_tokens_done", done)
+        self.set("bittrue_prefill_tokens_remaining", sum(p.num_total for p in stats.prefills) - done)
+        self._add_total("bittrue_prefill_tokens", stats.num_prefill_tokens_total)
         self._add_total("bittrue_preempted", stats.num_preempted_total)
         self._add_total("bittrue_engine_steps", stats.num_steps_total)
+
+    def update_memory(self, ledger: Mapping[str, int], now: Mapping[str, Resident | None]) -> None:
+        """Takes over the engine's ledger, and what is resident by process: nothing of one that has gone."""
+        for kind, num_bytes in ledger.items():
+            self.set("bittrue_memory_bytes", num_bytes, kind=kind)
+        for process, held in now.items():
+            for pages, num_bytes in (
+                ("file", held.file_bytes if held else 0),
+                ("own", held.own_bytes if held else 0),
+            ):
+                self.set("bittrue_resident_bytes", num_bytes, process=process, pages=pages)
 
     def _add_total(self, name: str, total: int) -> None:
         last = self._last_totals.get(name, 0)

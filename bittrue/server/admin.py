@@ -1,11 +1,13 @@
 """GET /health, /metrics, /admin/fingerprint and /admin/stats: what the server is and how it does."""
 
+import os
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from bittrue.obs.resident import resident
 from bittrue.server.answers import json_response
 from bittrue.server.state import state_of
 
@@ -35,7 +37,12 @@ async def health(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     state = state_of(request)
-    state.metrics.update_engine(state.client.stats)
+    client = state.client
+    state.metrics.update_engine(client.stats)
+    engine = None if client.pid is None else resident(client.pid)
+    state.metrics.update_memory(
+        client.ready.memory.ledger, {"engine": engine, "server": resident(os.getpid())}
+    )
     return Response(state.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

@@ -18,7 +18,8 @@ import uvicorn
 import uvloop
 
 from bittrue.config.run import RunConfig
-from bittrue.engine.supervisor import DEFAULT_FACTORY, EngineClient
+from bittrue.engine.launch import EngineProcess
+from bittrue.engine.supervisor import EngineClient
 from bittrue.errors import ConfigError, Draining, EngineDied
 from bittrue.obs.log import Log
 from bittrue.obs.metrics import Metrics
@@ -35,27 +36,24 @@ _IDLE_CONNECTION_S = (
 _CLOSE_S = 2  # streams that were told of the end get this long to be written out
 
 
-def run_server(config: RunConfig, *, factory: str = DEFAULT_FACTORY) -> int:
-    """Serves until SIGTERM or SIGINT; returns the exit code. Raises BittrueError when it cannot start.
+def run_server(config: RunConfig, engine: EngineProcess) -> int:
+    """Serves with the process just started until SIGTERM or SIGINT; returns the exit code.
 
-    Writes the resolved configuration, then one line per event, to stderr.
+    Raises BittrueError when it cannot start. Writes one line per event to stderr.
     """
     log = Log(sys.stderr, config.log_level)
-    log.info("config", **config.public())
-    if not Path(config.model).is_dir():
-        raise ConfigError(f"model: {config.model} is not a directory; give a checkpoint's", field="model")
     listener = _bind(config)
     with contextlib.closing(listener), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(config, log, listener, factory))
+        return runner.run(_serve(config, log, listener, engine))
 
 
-async def _serve(config: RunConfig, log: Log, listener: socket.socket, factory: str) -> int:
+async def _serve(config: RunConfig, log: Log, listener: socket.socket, engine: EngineProcess) -> int:
     metrics = Metrics()
-    client = EngineClient(config, log, metrics, factory=factory)
+    client = EngineClient(config, log, metrics)
     try:
         with _SigtermCancels() as sigterm:
             try:
-                state = await _start(config, log, metrics, client)
+                state = await _start(config, log, metrics, client, engine)
             except asyncio.CancelledError:
                 if not sigterm.has_come:
                     raise
@@ -114,9 +112,11 @@ class _Relay(logging.Handler):
         traceback.print_exception(error, file=self._log.stream)
 
 
-async def _start(config: RunConfig, log: Log, metrics: Metrics, client: EngineClient) -> ServerState:
+async def _start(
+    config: RunConfig, log: Log, metrics: Metrics, client: EngineClient, engine: EngineProcess
+) -> ServerState:
     """The engine process and the tokenizer load side by side."""
-    starting = asyncio.create_task(client.start())
+    starting = asyncio.create_task(client.start(engine))
     try:
         tokenizer = await asyncio.to_thread(Tokenizer.from_file, Path(config.model) / "tokenizer.json")
         ready = await starting

@@ -30,12 +30,22 @@ def checked_prompt(state: ServerState, prompt: Sequence[int], *, param: str) -> 
     if not prompt:
         raise InvalidRequest(f"{param} is empty; send at least one token", param=param)
     if len(prompt) >= state.max_context:
-        knob = "--kv-memory" if state.is_limited_by_memory else "--max-context"
-        error = PromptTooLong(num_tokens=len(prompt), limit=state.max_context, knob=knob)
+        error = _too_long(state, len(prompt))
         error.param = param
         raise error
     _check_ids(state, prompt, param)
     return tuple(prompt)
+
+
+def _too_long(state: ServerState, num_tokens: int) -> PromptTooLong:
+    """Names the knob that would let the prompt in."""
+    if not state.is_limited_by_memory:
+        return PromptTooLong(num_tokens=num_tokens, limit=state.max_context)
+    most = state.client.ready.max_context
+    if num_tokens >= most:
+        return PromptTooLong(num_tokens=num_tokens, limit=most)
+    knob = f"--kv-memory (it needs {state.kv_memory_for(num_tokens + 1)} bytes)"
+    return PromptTooLong(num_tokens=num_tokens, limit=state.max_context, knob=knob)
 
 
 def answer_tokens(state: ServerState, num_prompt: int, limits: TokenLimits) -> int:

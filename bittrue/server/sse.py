@@ -16,13 +16,20 @@ from bittrue.server.answers import body_of_error, response_of_error
 from bittrue.server.intake import ClientGone, while_connected
 
 _ENCODE = msgspec.json.Encoder().encode
-_KEEPALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
 def data(value: object) -> bytes:
     """One event with ``value`` as JSON."""
     return b"data: " + _ENCODE(value) + b"\n\n"
+
+
+def _comment(prefill: tuple[int, int] | None) -> bytes:
+    """A line that clients pass over: how far the prefill is, if one runs."""
+    if prefill is None:
+        return b": keep-alive\n\n"
+    done, total = prefill
+    return b": prefill %d/%d\n\n" % (done, total)
 
 
 class Renderer(Protocol):
@@ -35,7 +42,8 @@ class Renderer(Protocol):
 class EventStream(Response):
     """Answers with a stream. The first event decides the status: a request the engine refuses gets its 4xx.
 
-    Silence longer than ``keepalive_s`` is broken by comment lines, so that proxies keep the connection.
+    Silence longer than ``keepalive_s`` is broken by comment lines, so that proxies keep the connection; they
+    tell how far a prefill is.
     """
 
     def __init__(self, channel: EventChannel, renderer: Renderer, *, keepalive_s: float) -> None:
@@ -64,9 +72,9 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             while True:
-                out = (
-                    [piece for event in events for piece in renderer.feed(event)] if events else [_KEEPALIVE]
-                )
+                out = [piece for event in events for piece in renderer.feed(event)]
+                if not events:
+                    out = [_comment(channel.prefill())]
                 if out:
                     await send({"type": "http.response.body", "body": b"".join(out), "more_body": True})
                 if not channel.unfinished:

@@ -6,7 +6,7 @@ from starlette.requests import Request
 
 from bittrue.config.run import RunConfig
 from bittrue.engine.supervisor import EngineClient
-from bittrue.kv.layout import PAGE_TOKENS
+from bittrue.kv.layout import PAGE_TOKENS, KVBudget
 from bittrue.obs.log import Log
 from bittrue.obs.metrics import Metrics
 from bittrue.text.codec import Codec
@@ -46,6 +46,12 @@ class ServerState:
     @property
     def _kv_tokens(self) -> int:
         return self.client.ready.stats.pages_total * PAGE_TOKENS
+
+    def kv_memory_for(self, num_tokens: int) -> int:
+        """The --kv-memory, in bytes, that one sequence of so many tokens needs."""
+        memory = self.client.ready.memory
+        budget = KVBudget(memory.page_bytes, memory.slot_bytes, self.config.max_running)
+        return budget.needed_for(num_tokens)
 
     @property
     def vocab_size(self) -> int:

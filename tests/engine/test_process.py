@@ -12,6 +12,7 @@ import pytest
 from standins.ngram_engine import StandinOptions
 
 from bittrue.config.run import RunConfig
+from bittrue.engine.launch import EngineProcess
 from bittrue.engine.supervisor import EngineClient
 from bittrue.engine.types import EngineStats, Request, SamplingParams
 from bittrue.errors import BittrueError, CheckpointError, EngineDied, InvalidRequest, PromptTooLong, QueueFull
@@ -34,12 +35,13 @@ def run_client(
 
     async def main() -> object:
         config = RunConfig(model=str(directory), **knobs)
-        client = EngineClient(config, Log(io.StringIO()), Metrics(), factory=factory)
-        await client.start()
-        try:
-            return await asyncio.wait_for(body(client), 30)
-        finally:
-            await client.close()
+        client = EngineClient(config, Log(io.StringIO()), Metrics())
+        with EngineProcess.start(config, factory=factory) as process:
+            await client.start(process)
+            try:
+                return await asyncio.wait_for(body(client), 30)
+            finally:
+                await client.close()
 
     return asyncio.run(main())
 
@@ -220,13 +222,15 @@ def test_engine_process_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
 import asyncio, sys
 sys.path[:] = {sys.path!r}
 from bittrue.config.run import RunConfig
+from bittrue.engine.launch import EngineProcess
 from bittrue.engine.supervisor import EngineClient
 from bittrue.obs.log import Log
 from bittrue.obs.metrics import Metrics
 from engine.test_process import a_request
 async def main():
-    client = EngineClient(RunConfig(model={str(tmp_path)!r}), Log(sys.stderr), Metrics(), factory={FACTORY!r})
-    await client.start()
+    config = RunConfig(model={str(tmp_path)!r})
+    client = EngineClient(config, Log(sys.stderr), Metrics())
+    await client.start(EngineProcess.start(config, factory={FACTORY!r}))
     client.open([a_request("r", max_tokens=300)])
     print(client.pid, flush=True)
     await asyncio.sleep(60)

@@ -3,7 +3,16 @@ import inspect
 import pytest
 
 from bittrue import errors
-from bittrue.engine.types import Abort, EngineStats, Request, SamplingParams, TokenEvent, TokenLogprob
+from bittrue.engine.types import (
+    Abort,
+    EngineStats,
+    MemoryReport,
+    PrefillProgress,
+    Request,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprob,
+)
 from bittrue.engine.wire import (
     HEADER_BYTES,
     Hello,
@@ -23,14 +32,21 @@ from bittrue.engine.wire import (
 
 PARAMS = SamplingParams(stop=("a", "b"), logit_bias={5: 1.5}, grammar_after=(3, 4), logprobs=2)
 TO_ENGINE = [
-    Hello(factory="a:b", run_config="{}"),
+    Hello(factory="a:b", run_config="{}", verified="ab12"),
     Request(request_id="r", prompt=(1, 2), params=PARAMS, resume=(3,), priority=-1),
     Abort(request_id="r"),
     Ping(ping_id=4),
     Shutdown(),
 ]
 FROM_ENGINE = [
-    Ready(max_context=5, vocab_size=6, fingerprint={"a": 1, "b": "c"}, stats=EngineStats(pages_total=3)),
+    Ready(
+        max_context=5,
+        vocab_size=6,
+        fingerprint={"a": 1, "b": "c"},
+        stats=EngineStats(pages_total=3),
+        memory=MemoryReport(ledger={"weights": 2**40, "process": 7}, page_bytes=8, slot_bytes=9),
+        verified="ab12",
+    ),
     StepDone(
         events=[
             TokenEvent(
@@ -42,7 +58,7 @@ FROM_ENGINE = [
                 stop_match="a",
             )
         ],
-        stats=EngineStats(),
+        stats=EngineStats(prefills=(PrefillProgress("r", 3, 2**20),)),
     ),
     Pong(ping_id=4, stats=EngineStats(num_running=1)),
     Refused(request_id=None, kind="ConfigError", message="m", fields={"field": "port"}),
@@ -62,7 +78,13 @@ def test_a_kind_of_str_in_the_fingerprint_crosses_as_str() -> None:
     class Version(str):
         __slots__ = ()
 
-    ready = Ready(max_context=1, vocab_size=1, fingerprint={"v": Version("2.1")}, stats=EngineStats())
+    ready = Ready(
+        max_context=1,
+        vocab_size=1,
+        fingerprint={"v": Version("2.1")},
+        stats=EngineStats(),
+        memory=MemoryReport(),
+    )
     crossed = decode_from_engine(frame(ready)[HEADER_BYTES:])
     assert isinstance(crossed, Ready)
     assert crossed.fingerprint == {"v": "2.1"}

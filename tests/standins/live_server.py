@@ -28,10 +28,13 @@ import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from bittrue.cli.main import run
 from bittrue.config.load import load_run_config
+from bittrue.engine.launch import EngineProcess
 from bittrue.errors import BittrueError
 from bittrue.server.run import run_server
 try:
-    sys.exit(run_server(load_run_config(None, json.loads(sys.argv[2])), factory=sys.argv[3]))
+    config = load_run_config(None, json.loads(sys.argv[2]))
+    with EngineProcess.start(config, factory=sys.argv[3]) as engine:
+        sys.exit(run_server(config, engine))
 except BittrueError as error:
     sys.stderr.write(f"bittrue: {error}\\n")
     sys.exit(error.exit_code)

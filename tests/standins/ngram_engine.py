@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from bittrue.config.run import RunConfig
-from bittrue.engine.types import EngineStats, FinishReason, Request, TokenEvent, TokenLogprob
+from bittrue.engine.types import (
+    EngineStats,
+    FinishReason,
+    MemoryReport,
+    PrefillProgress,
+    Request,
+    TokenEvent,
+    TokenLogprob,
+)
 from bittrue.errors import CheckpointError, PromptTooLong, QueueFull
 from bittrue.text.detokenize import Detokenizer
 from bittrue.text.stop import StopMatcher
@@ -38,6 +46,7 @@ class StandinOptions:
     high: int = 200
     step_s: float = 0.0
     num_pages: int = 400
+    prefill_tokens: int = 0  # of the prompt, in one step; 0 = all
     replies: list[Reply] = field(default_factory=list)
     crash_on: list[int] = field(
         default_factory=list
@@ -56,13 +65,19 @@ class _Live:
     detokenizer: Detokenizer | None
     pages: int = 0
     has_reported_prompt: bool = False
+    num_computed: int = 0
 
 
 class NgramEngine:
     """Implements process.ServedEngine."""
 
     def __init__(
-        self, model_dir: str, config: RunConfig, *, progress: Callable[[int, int, str], None] | None = None
+        self,
+        model_dir: str,
+        config: RunConfig,
+        *,
+        progress: Callable[[int, int, str], None] | None = None,
+        verified: str = "",
     ) -> None:
         stored = json.loads((Path(model_dir) / "standin.json").read_text())
         stored["replies"] = [Reply(**reply) for reply in stored["replies"]]
@@ -73,6 +88,7 @@ class NgramEngine:
                 file=self.config.broken_file,
                 tensor="layers.0.attn.wq_a.weight",
             )
+        self.verified = "standin-files"
         self.max_context = config.max_context or self.config.max_context
         tokenizer_file = Path(model_dir) / "tokenizer.json"
         self._tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file.exists() else None
@@ -108,7 +124,7 @@ class NgramEngine:
         ):
             free -= self._pages(self._waiting[0])
             self._running.append(self._waiting.pop(0))
-        events = [self._advance(live) for live in self._running]
+        events = [self._advance(live) for live in self._running if self._is_prefilled(live)]
         ended = {event.request_id for event in events if event.finish_reason}
         self._running = [live for live in self._running if live.request.request_id not in ended]
         return events
@@ -126,7 +142,21 @@ class NgramEngine:
             slots_free=self._max_running - len(self._running),
             slots_held=len(self._running),
             weight_version="standin-1",
+            prefills=tuple(
+                PrefillProgress(live.request.request_id, live.num_computed, len(live.request.prompt))
+                for live in self._running
+                if live.num_computed < len(live.request.prompt)
+            ),
         )
+
+    def _is_prefilled(self, live: _Live) -> bool:
+        """Whether the step that now runs reaches the end of the prompt."""
+        num_prompt = len(live.request.prompt)
+        live.num_computed = min(num_prompt, live.num_computed + (self.config.prefill_tokens or num_prompt))
+        return live.num_computed == num_prompt
+
+    def memory(self) -> MemoryReport:
+        return MemoryReport(ledger={"weights": 0, "process": 1 << 20}, page_bytes=100, slot_bytes=1000)
 
     def fingerprint(self) -> dict[str, Any]:
         return {"engine": "ngram", "vocab_size": self.config.vocab_size}
@@ -165,7 +195,7 @@ class NgramEngine:
         )
 
     def _next(self, live: _Live) -> int:
-        params, tokens = live.request.params, [*live.request.prompt, *live.generated]
+        params = live.request.params
         for reply in self.config.replies:
             if _contains(live.request.prompt, reply.key):
                 answer = [*reply.reply, self.config.eos_id]
@@ -174,7 +204,9 @@ class NgramEngine:
         if best is not None and params.logit_bias[best] >= 50:
             return best
         seed = 0 if params.temperature == 0 else params.seed
-        digest = hashlib.blake2b(repr((seed, len(tokens), tokens[-2:])).encode(), digest_size=8).digest()
+        num_tokens = len(live.request.prompt) + len(live.generated)
+        last = [*live.request.prompt[-2:], *live.generated[-2:]][-2:]
+        digest = hashlib.blake2b(repr((seed, num_tokens, last)).encode(), digest_size=8).digest()
         return self.config.low + int.from_bytes(digest, "little") % (self.config.high - self.config.low)
 
     def _append(self, live: _Live, token: int) -> tuple[FinishReason | None, str | int | None]:

@@ -1,0 +1,160 @@
+"""The memory ledger of an engine: every byte it may come to hold, by kind, from integers alone.
+
+Resident memory counts a page of memory only once it has been touched: the pools are reserved at the start and
+become resident as sequences fill them, the weights as they are first read. The ledger is what they grow to.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from bittrue.config.formats import ActDtype, ceil_div
+from bittrue.kv.layout import CSA_RATIO, HCA_RATIO, KVLayout, PartName, pages_for
+
+# What the engine process holds before any checkpoint: Python, torch and the other libraries, as measured
+# (Linux x86-64, CPU build of torch 2.13). The tables of tokenizer and grammar come on top, by vocabulary.
+PROCESS_BYTES = 264 << 20
+VOCAB_ENTRY_BYTES = 1 << 10
+
+LOGIT_ROWS = 64  # rows of logits at a time (engine/runner.py)
+_LOGIT_COPIES = 4  # logits, scores, and what sampling sorts
+# Work space of the kernels (ops/cpu/csrc): index scores of one pass, decoded cache rows and weight rows a
+# thread holds.
+_PASS_SCORES = 8 << 20
+_KEPT_ROWS_BYTES = 1 << 20
+_PANEL_ROWS = 64
+_PARTS: tuple[PartName, ...] = ("rows", "keys", "window", "csa", "csa_index", "hca_fold", "hca_pending")
+
+
+class StepShape(Protocol):
+    """The widths of a model that a step's buffers have (ModelConfig has them)."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def q_lora_rank(self) -> int: ...
+    @property
+    def o_groups(self) -> int: ...
+    @property
+    def o_lora_rank(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def index_num_heads(self) -> int: ...
+    @property
+    def index_head_dim(self) -> int: ...
+    @property
+    def index_topk(self) -> int: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def experts_per_token(self) -> int: ...
+    @property
+    def moe_intermediate_size(self) -> int: ...
+    @property
+    def num_shared_experts(self) -> int: ...
+    @property
+    def hc_mult(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepBounds:
+    """The largest step there can be. ``threads``: each has work space of its own."""
+
+    max_step_tokens: int
+    max_running: int
+    max_context: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Bytes by kind. ``kv_*`` are the pools, ``state_*`` the state slots; all add up to ``total``."""
+
+    lines: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.lines.values())
+
+
+def memory_ledger(
+    layout: KVLayout,
+    shape: StepShape,
+    *,
+    act: ActDtype,
+    pages: int,
+    slots: int,
+    weight_bytes: int,
+    bounds: StepBounds,
+) -> Ledger:
+    """What an engine with these pools holds when every pool is full and the largest step has run.
+
+    ``weight_bytes``: the checkpoint's files, which are mapped and never copied.
+    """
+    counts = {"page": pages, "slot": slots}
+    parts = {part.name: counts[part.per] for layer in layout.layers for part in layer.parts}
+    pools = {
+        f"{'kv' if name in ('rows', 'keys') else 'state'}_{name}": layout.part_bytes(name)
+        * parts.get(name, 0)
+        for name in _PARTS
+    }
+    lines = {"weights": weight_bytes, **pools}
+    lines["step"] = step_bytes(shape, act=act, bounds=bounds)
+    lines["process"] = PROCESS_BYTES + shape.vocab_size * VOCAB_ENTRY_BYTES
+    return Ledger(lines)
+
+
+def step_bytes(shape: StepShape, *, act: ActDtype, bounds: StepBounds) -> int:
+    """A bound on the buffers of one step: activations, and the kernels' work space, which is kept.
+
+    Linear in ``max_step_tokens`` and in the model's widths; of the context it depends only where one token
+    lists what it reads (index scores, HCA rows, page ids).
+    """
+    tokens = min(bounds.max_step_tokens, bounds.max_running * bounds.max_context)
+    in_act = (2 if act == "bf16" else 4) * (_attention_width(shape) + _experts_width(shape))
+    in_f32 = 4 * _f32_width(shape)
+    rows = min(LOGIT_ROWS, bounds.max_running)
+    logits = rows * shape.vocab_size * 4 * _LOGIT_COPIES
+    page_table = 2 * 4 * bounds.max_running * pages_for(bounds.max_context)
+    own_scores = ceil_div(bounds.max_context, CSA_RATIO)
+    scores = 4 * max(own_scores, min(tokens * own_scores, _PASS_SCORES))
+    per_thread = _thread_bytes(shape, bounds.max_context)
+    return tokens * (in_act + in_f32) + logits + page_table + scores + bounds.threads * per_thread
+
+
+def _attention_width(shape: StepShape) -> int:
+    """Activations per token that live at once in an attention sub-layer."""
+    queries = 3 * shape.num_heads * shape.head_dim  # projected, rotated, and what attention returns
+    low_rank = 2 * shape.q_lora_rank + shape.o_groups * shape.o_lora_rank + 4 * shape.head_dim
+    index_queries = 2 * shape.index_num_heads * shape.index_head_dim
+    return 3 * shape.hc_mult * shape.hidden_size + 3 * shape.hidden_size + queries + low_rank + index_queries
+
+
+def _experts_width(shape: StepShape) -> int:
+    """The same for the experts: gate, up and result of every chosen one, and of the shared ones."""
+    chosen = shape.experts_per_token * (2 * shape.moe_intermediate_size + shape.hidden_size)
+    return chosen + shape.num_shared_experts * 4 * shape.moe_intermediate_size
+
+
+def _f32_width(shape: StepShape) -> int:
+    """What is f32 whatever the activations are: widened inputs, compressor inputs, scores, expert sums."""
+    widened = shape.hidden_size + shape.experts_per_token * shape.moe_intermediate_size
+    widened += max(shape.hidden_size, shape.o_groups * shape.o_lora_rank, shape.num_heads * shape.head_dim)
+    compressors = 2 * 2 * (shape.head_dim + shape.index_head_dim)
+    index = shape.index_num_heads * (shape.index_head_dim + 1) + shape.index_topk
+    return widened + compressors + index + 2 * shape.num_experts + 2 * shape.hidden_size
+
+
+def _thread_bytes(shape: StepShape, max_context: int) -> int:
+    """Work space of one thread: the rows one token attends to, their probabilities, decoded weights."""
+    most_rows = shape.window + max(shape.index_topk, ceil_div(max_context, HCA_RATIO))
+    heads = ceil_div(shape.num_heads, 16) * 16
+    attention = most_rows * (8 + 4 * heads) + _KEPT_ROWS_BYTES + 8 * heads * shape.head_dim
+    widest = max(shape.hidden_size, shape.moe_intermediate_size, shape.num_heads * shape.head_dim)
+    return attention + _PANEL_ROWS * widest * 4

@@ -140,8 +140,7 @@ class DeepseekV4:
         [T, M, D] act."""
         window_angles = Angles(*self.ops.rope_angles(batch.positions, self._main_freq))
         compress_angles = Angles(*self.ops.rope_angles(batch.positions, self._compress_freq))
-        h = self.parameters.embed[batch.token_ids].to(self.act)
-        streams = h.unsqueeze(1).expand(-1, self.config.hc_mult, -1).contiguous()
+        streams = self.ops.embed(batch.token_ids, self.parameters.embed, self.config.hc_mult, self.act)
         for block, cache in zip(self.parameters.blocks, caches, strict=True):
             angles = window_angles if block.kind == "window" else compress_angles
             streams = self._attention_sublayer(streams, batch, block, cache, angles)
@@ -154,9 +153,14 @@ class DeepseekV4:
         head = self.parameters.hc_head
         config = self.config
         h = self.ops.hc_head(
-            streams.contiguous(), head.fn, head.base, head.scale, eps=config.hc_eps, norm_eps=config.norm_eps
+            streams.contiguous(),
+            head.fn,
+            head.base,
+            head.scale,
+            self.parameters.norm,
+            eps=config.hc_eps,
+            norm_eps=config.norm_eps,
         )
-        h = self.ops.rms_norm(h, self.parameters.norm, config.norm_eps)
         return self.ops.linear(h, self.parameters.head, out_dtype=torch.float32)
 
     # ---- blocks (2.6) ------------------------------------------------------------------------------------
@@ -164,24 +168,24 @@ class DeepseekV4:
     def _attention_sublayer(
         self, streams: Tensor, batch: Batch, block: Block, cache: LayerCache, angles: Angles
     ) -> Tensor:
-        x, post, comb = self._hc_pre(streams, block.hc_attn)
-        x = self.ops.rms_norm(x, block.attn_norm, self.config.norm_eps)
+        x, post, comb = self._hc_pre(streams, block.hc_attn, block.attn_norm)
         y = self._attention(x, batch, block.attn, cache, angles)
         return self.ops.hc_post(y, streams, post, comb)
 
     def _experts_sublayer(self, streams: Tensor, batch: Batch, block: Block) -> Tensor:
-        x, post, comb = self._hc_pre(streams, block.hc_ffn)
-        x = self.ops.rms_norm(x, block.ffn_norm, self.config.norm_eps)
+        x, post, comb = self._hc_pre(streams, block.hc_ffn, block.ffn_norm)
         y = self._feed_forward(x, batch, block.ffn)
         return self.ops.hc_post(y, streams, post, comb)
 
-    def _hc_pre(self, streams: Tensor, hc: HyperConnection) -> tuple[Tensor, Tensor, Tensor]:
+    def _hc_pre(self, streams: Tensor, hc: HyperConnection, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The normalised input of a sub-layer, and what carries its output back into the streams."""
         config = self.config
         return self.ops.hc_pre(
             streams,
             hc.fn,
             hc.base,
             hc.scale,
+            norm,
             iters=config.hc_iters,
             eps=config.hc_eps,
             norm_eps=config.norm_eps,
@@ -200,11 +204,8 @@ class DeepseekV4:
         q = ops.rope(ops.rms_norm(q, None, config.norm_eps), angles.cos, angles.sin, False)
 
         # One vector per token is key and value of every head.
-        kv = ops.rms_norm(ops.linear(x8, p.wkv), p.kv_norm, config.norm_eps)
-        kv = ops.rope(kv.view(num_tokens, 1, head_dim), angles.cos, angles.sin, False).view(
-            num_tokens, head_dim
-        )
-        step_rows = ops.pack_rows(kv, cache.row_format)
+        kv = ops.linear(x8, p.wkv)
+        step_rows = ops.kv_rows(kv, p.kv_norm, angles.cos, angles.sin, config.norm_eps, cache.row_format)
 
         # Compressed rows that close in this step are written first: their last token may already read them.
         ids = None

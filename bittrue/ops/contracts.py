@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from bittrue.config.formats import RowFormat
@@ -137,6 +138,10 @@ class OpTable:
 
     name: str
 
+    embed: Callable[[Tensor, Tensor, int, torch.dtype], Tensor]
+    """(token_ids [T] i64, table [V, D] f32|bf16, M, act) -> [T, M, D] act: each token's row of the table, M times. Callers check
+    the ids; a row of an id outside 0..V-1 is NaN, and nothing outside the table is read."""
+
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
     """(x [..., D] act, weight [D] f32|bf16 or None, eps) -> [..., D] act.  weight * x * (1 / sqrt(mean(x^2) + eps)); None = 1."""
 
@@ -163,6 +168,10 @@ class OpTable:
     """(x [T, dim] act, format) -> [T, format.bytes] u8. Quantises by the rules of quant_fp8 (groups of 64, the first dim - rope_dim
     features; rope features to bf16) or quant_fp4 (groups of 32, NO Hadamard here), see RowFormat."""
 
+    kv_rows: Callable[[Tensor, Tensor, Tensor, Tensor, float, RowFormat], Tensor]
+    """(kv [T, dim] act, norm [dim] f32|bf16, cos, sin [T, R/2] f32, eps, format) -> [T, format.bytes] u8:
+    pack_rows(rope(rms_norm(kv, norm, eps), cos, sin)), rounded to act after the norm and after the rope as these three do."""
+
     unpack_rows: Callable[[Tensor, RowFormat], Tensor]
     """(bytes [..., format.bytes] u8, format) -> [..., dim] f32, exact."""
 
@@ -188,17 +197,20 @@ class OpTable:
 
     route_hash: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     """(logits [T, E] f32, token_ids [T] i64, table [V, k] i64, scale) -> ids [T, k] i32 = table[token], weights as in route_topk
-    (added in table order)."""
+    (added in table order). A token outside 0..V-1, or one whose row names an expert outside 0..E-1, gets ids 0 and weights NaN:
+    nothing foreign is read, and what is wrong shows."""
 
     hc_pre: Callable[..., tuple[Tensor, Tensor, Tensor]]
-    """(streams [T, M, D] act, fn [(2+M)M, M*D] f32, base [(2+M)M] f32, scale [3] f32, *, iters, eps, norm_eps)
-    -> x [T, D] act, post [T, M] f32, comb [T, M, M] f32 (spec 2.6). comb[j, k] carries source stream j into stream k."""
+    """(streams [T, M, D] act, fn [(2+M)M, M*D] f32, base [(2+M)M] f32, scale [3] f32, norm [D] f32|bf16, *, iters, eps, norm_eps)
+    -> x [T, D] act, post [T, M] f32, comb [T, M, M] f32 (spec 2.6). comb[j, k] carries source stream j into stream k.
+    x = rms_norm(act(sum_j pre_j H_j), norm, norm_eps), the input of the sub-layer."""
 
     hc_post: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """(y [T, D] act, streams [T, M, D] act, post [T, M], comb [T, M, M]) -> [T, M, D] act: post_k y + sum_j comb[j, k] H_j, j ascending."""
 
     hc_head: Callable[..., Tensor]
-    """(streams [T, M, D] act, fn [M, M*D] f32, base [M] f32, scale [1] f32, *, eps, norm_eps) -> [T, D] act (spec 2.1 step 3)."""
+    """(streams [T, M, D] act, fn [M, M*D] f32, base [M] f32, scale [1] f32, norm [D] f32|bf16, *, eps, norm_eps) -> [T, D] act
+    (spec 2.1 steps 3 and 4): the streams collapsed and rounded, then rms_norm with ``norm`` and norm_eps."""
 
     store_window: Callable[[Tensor, Batch, Tensor], None]
     """(rows [T, bytes] u8, batch, window [slots, W, bytes]) writes the last min(n, W) rows of each sequence at position mod W.
@@ -229,6 +241,10 @@ class OpTable:
     step, else from cache.window), then the compressed entries: ``ids`` (csa), all with id < (t+1) // 128 ascending (hca), none (window layers).
     Every row is key and value. p_j = exp(l_j - M) / (sum_j exp(l_j - M) + exp(sink - M)), M = max over the real l_j; round_probs: p_j's numerator is
     rounded to bf16 for the value product only. No inverse rope here."""
+
+    argmax: Callable[[Tensor], Tensor]
+    """(logits [R, V] f32), V > 0 -> [R] i64: the smallest id of the largest value; +0 and -0 are equal, and a NaN is larger
+    than every number (the first NaN wins), as in numpy and torch."""
 
     log_softmax: Callable[[Tensor], Tensor]
     """(logits [R, V] f32) -> [R, V] f32: x - (max + log(sum exp(x - max)))."""

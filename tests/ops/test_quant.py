@@ -219,6 +219,19 @@ def test_rows_do_not_depend_on_each_other(ops, fmt):
     assert ops.unpack_rows(rows[:0], fmt).shape == (0, fmt.dim)
 
 
+@pytest.mark.parametrize("fmt", [KV, KEY, RowFormat("f32", 24), RowFormat("bf16", 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm_dtype", [torch.float32, torch.bfloat16])
+def test_kv_rows_have_the_bytes_of_norm_rope_and_packing(ops, fmt, dtype, norm_dtype):
+    generator = torch.Generator().manual_seed(10)
+    kv = torch.randn(9, fmt.dim, generator=generator).to(dtype)
+    norm = torch.randn(fmt.dim, generator=generator).to(norm_dtype)
+    half = (fmt.rope_dim or 16) // 2
+    cos, sin = torch.randn(9, half, generator=generator), torch.randn(9, half, generator=generator)
+    turned = ops.rope(ops.rms_norm(kv, norm, 1e-6)[:, None], cos, sin, False)[:, 0].contiguous()
+    assert torch.equal(ops.kv_rows(kv, norm, cos, sin, 1e-6, fmt), ops.pack_rows(turned, fmt))
+
+
 def test_what_a_kernel_cannot_read_is_refused():
     ops = vector_ops(load_kernels())
     x = torch.zeros(4, 128)
@@ -230,8 +243,19 @@ def test_what_a_kernel_cannot_read_is_refused():
         r"pack_rows: x must have shape \[\*, 512\]": lambda: ops["pack_rows"](x, KV),
         r"unpack_rows: rows must have shape \[\*, 68\]": lambda: ops["unpack_rows"](x.byte(), KEY),
         r"hc_head: 1 to 8 streams, not 9": lambda: ops["hc_head"](
-            torch.zeros(1, 9, 16), torch.zeros(9, 144), torch.zeros(9), torch.zeros(1), eps=0.0, norm_eps=1e-6
+            torch.zeros(1, 9, 16),
+            torch.zeros(9, 144),
+            torch.zeros(9),
+            torch.zeros(1),
+            torch.ones(16),
+            eps=0.0,
+            norm_eps=1e-6,
         ),
+        r"embed: token_ids must be int64": lambda: ops["embed"](torch.zeros(2), x, 4, torch.float32),
+        r"kv_rows: 256 features to rotate, but kv has 128": lambda: ops["kv_rows"](
+            x, torch.ones(128), x, x, 1e-6, KEY
+        ),
+        r"argmax: logits must have at least one column": lambda: ops["argmax"](torch.zeros(3, 0)),
         r"rms_norm: weight must have shape \[128\]": lambda: ops["rms_norm"](x, torch.ones(64), 1e-6),
         r"rope: 256 features to rotate, but x has 128": lambda: ops["rope"](
             x[:, None].contiguous(), x, x.clone(), False

@@ -89,5 +89,13 @@ def test_experts_without_any_score_weigh_nothing(table) -> None:
 def test_wrong_arguments_are_refused_with_the_name_of_the_op() -> None:
     with pytest.raises(ValueError, match=r"route_topk: k must lie in 1..4, not 5"):
         CPU[-1].route_topk(torch.zeros(1, 4), None, 5, 1.0)
-    with pytest.raises(ValueError, match="route_hash: the table holds ids outside 0..3"):
-        CPU[-1].route_hash(torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), torch.tensor([[0, 4]]), 1.0)
+
+
+@pytest.mark.parametrize("table", ALL)
+def test_what_no_table_can_route_shows_as_nan_and_leaves_the_others_alone(table) -> None:
+    lookup = torch.tensor([[3, 1], [0, 4], [-1, 0], [2, 0]])
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    ids, weights = table.route_hash(logits, torch.tensor([0, 1, 2, 3, 4, -(2**62)]), lookup, 1.5)
+    assert ids.tolist() == [[3, 1], [0, 0], [0, 0], [2, 0], [0, 0], [0, 0]]
+    assert weights.isnan().all(-1).tolist() == [False, True, True, False, True, True]
+    assert not weights[[0, 3]].isnan().any()

@@ -110,3 +110,23 @@ def test_a_row_has_the_same_bits_alone_and_among_others(ops, vocab):
     logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(1))
     together = ops.log_softmax(logits)
     assert torch.equal(together, torch.cat([ops.log_softmax(row[None].clone()) for row in logits]))
+
+
+@pytest.mark.parametrize("vocab", [1, 15, 16, 17, 4095, 4096, 4097, 129_280])
+def test_argmax_is_the_first_of_the_largest(ops, vocab):
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randint(-6, 7, (5, vocab), generator=generator).float()
+    logits[4] = -math.inf
+    want = torch.from_numpy(logits.numpy().argmax(-1))
+    assert torch.equal(ops.argmax(logits), want)
+    for place in {0, vocab // 2, vocab - 1}:
+        marked = logits.clone()
+        marked[:, place] = 9.0
+        assert ops.argmax(marked).tolist() == [place] * 5
+        marked[:, place:] = math.nan
+        assert ops.argmax(marked).tolist() == [place] * 5
+    assert ops.argmax(logits[:0]).shape == (0,)
+
+
+def test_zeros_of_either_sign_are_equal(ops):
+    assert ops.argmax(torch.tensor([[-1.0, -0.0, 0.0], [-1.0, 0.0, -0.0]])).tolist() == [1, 1]

@@ -155,7 +155,7 @@ def _expert_ops(kernels: Kernels) -> dict[str, Callable[..., Any]]:
 
 def _router_ops(kernels: Kernels) -> dict[str, Callable[..., Any]]:
     run_topk = kernels.bind("route_topk", PTR, PTR, I64, I64, I64, F32, PTR, PTR)
-    run_hash = kernels.bind("route_hash", PTR, PTR, I64, I64, I64, F32, PTR)
+    run_hash = kernels.bind("route_hash", PTR, PTR, PTR, I64, I64, I64, I64, F32, PTR, PTR)
 
     def route_topk(logits: Tensor, bias: Tensor | None, k: int, scale: float) -> tuple[Tensor, Tensor]:
         check("route_topk", "logits", logits, (None, None), torch.float32)
@@ -183,19 +183,13 @@ def _router_ops(kernels: Kernels) -> dict[str, Callable[..., Any]]:
         num_tokens, num_experts = logits.shape
         check("route_hash", "token_ids", token_ids, (num_tokens,), torch.int64)
         check("route_hash", "table", table, (None, None), torch.int64)
-        ids = table[token_ids].int()
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_experts:
-            raise ValueError(f"route_hash: the table holds ids outside 0..{num_experts - 1}")
-        weights = torch.empty(ids.shape)
+        vocab, k = table.shape
+        ids = torch.empty(num_tokens, k, dtype=torch.int32)
+        weights = torch.empty(num_tokens, k)
         run_hash(
-            logits.data_ptr(),
-            ids.data_ptr(),
-            num_tokens,
-            num_experts,
-            ids.shape[1],
-            scale,
-            weights.data_ptr(),
-        )
+            logits.data_ptr(), token_ids.data_ptr(), table.data_ptr(), vocab, num_tokens, num_experts,
+            k, scale, ids.data_ptr(), weights.data_ptr(),
+        )  # fmt: skip
         return ids, weights
 
     return {"route_topk": route_topk, "route_hash": route_hash}

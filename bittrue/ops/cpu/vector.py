@@ -65,9 +65,7 @@ def _rope_ops(kernels: Kernels) -> dict[str, Op]:
         check("rope_angles", "inv_freq", inv_freq, (None,), torch.float32)
         tokens, half = positions.shape[0], inv_freq.shape[0]
         cos, sin = torch.empty(tokens, half), torch.empty(tokens, half)
-        angles_kernel(
-            positions.data_ptr(), inv_freq.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, half
-        )
+        angles_kernel(positions.data_ptr(), inv_freq.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, half)
         return cos, sin
 
     def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
@@ -121,6 +119,7 @@ def _quant_ops(kernels: Kernels) -> dict[str, Op]:
 
 def _row_ops(kernels: Kernels) -> dict[str, Op]:
     pack_kernel = kernels.bind("pack_rows", PTR, I64, PTR, I64, I64, I64, I64)
+    kv_kernel = kernels.bind("kv_rows", PTR, I64, PTR, I64, PTR, PTR, I64, F32, PTR, I64, I64, I64, I64)
     unpack_kernel = kernels.bind("unpack_rows", PTR, PTR, I64, I64, I64, I64)
 
     def pack_rows(x: Tensor, fmt: RowFormat) -> Tensor:
@@ -130,6 +129,22 @@ def _row_ops(kernels: Kernels) -> dict[str, Op]:
         pack_kernel(x.data_ptr(), dtype_code(x.dtype), out.data_ptr(), x.shape[0], *row)
         return out
 
+    def kv_rows(kv: Tensor, norm: Tensor, cos: Tensor, sin: Tensor, eps: float, fmt: RowFormat) -> Tensor:
+        check("kv_rows", "kv", kv, (None, fmt.dim), *ACT_DTYPES)
+        tokens = kv.shape[0]
+        check("kv_rows", "norm", norm, (fmt.dim,), *ACT_DTYPES)
+        check("kv_rows", "cos", cos, (tokens, None), torch.float32)
+        check("kv_rows", "sin", sin, tuple(cos.shape), torch.float32)
+        turned = 2 * cos.shape[1]
+        if turned > fmt.dim:
+            raise ValueError(f"kv_rows: {turned} features to rotate, but kv has {fmt.dim}")
+        out = torch.empty(tokens, fmt.bytes, dtype=torch.uint8)
+        kv_kernel(
+            kv.data_ptr(), dtype_code(kv.dtype), norm.data_ptr(), dtype_code(norm.dtype), cos.data_ptr(),
+            sin.data_ptr(), turned, eps, out.data_ptr(), tokens, ROW_KINDS[fmt.kind], fmt.dim, fmt.rope_dim,
+        )  # fmt: skip
+        return out
+
     def unpack_rows(rows: Tensor, fmt: RowFormat) -> Tensor:
         check("unpack_rows", "rows", rows, (None,) * (rows.dim() - 1) + (fmt.bytes,), torch.uint8)
         out = torch.empty(*rows.shape[:-1], fmt.dim)
@@ -137,49 +152,54 @@ def _row_ops(kernels: Kernels) -> dict[str, Op]:
         unpack_kernel(rows.data_ptr(), out.data_ptr(), _num_rows(rows), *row)
         return out
 
-    return {"pack_rows": pack_rows, "unpack_rows": unpack_rows}
+    return {"pack_rows": pack_rows, "kv_rows": kv_rows, "unpack_rows": unpack_rows}
 
 
 def _hyper_ops(kernels: Kernels) -> dict[str, Op]:
-    mix_kernel = kernels.bind("hc_mix", PTR, I64, PTR, PTR, I64, I64, I64)
-    pre_kernel = kernels.bind("hc_pre", PTR, I64, PTR, PTR, PTR, PTR, PTR, PTR, I64, I64, I64, I64, F32, F32)
+    embed_kernel = kernels.bind("embed", PTR, PTR, I64, I64, PTR, I64, I64, I64, I64)
+    pre_kernel = kernels.bind(
+        "hc_pre", PTR, I64, PTR, PTR, PTR, PTR, I64, PTR, PTR, PTR, I64, I64, I64, I64, F32, F32
+    )
     post_kernel = kernels.bind("hc_post", PTR, PTR, I64, PTR, PTR, PTR, I64, I64, I64)
-    head_kernel = kernels.bind("hc_head", PTR, I64, PTR, PTR, PTR, PTR, I64, I64, I64, F32, F32)
+    head_kernel = kernels.bind("hc_head", PTR, I64, PTR, PTR, PTR, PTR, I64, PTR, I64, I64, I64, F32, F32)
 
-    def check_streams(op: str, streams: Tensor) -> None:
-        check(op, "streams", streams, (None, None, None), *ACT_DTYPES)
-        if not 1 <= streams.shape[1] <= MAX_STREAMS:
-            raise ValueError(f"{op}: 1 to {MAX_STREAMS} streams, not {streams.shape[1]}")
-
-    def mixes(op: str, streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, outputs: int) -> Tensor:
-        """[T, outputs] f32: fn . vec(streams), not divided by its rms."""
-        tokens, m, dim = streams.shape
-        check(op, "fn", fn, (outputs, m * dim), torch.float32)
-        check(op, "base", base, (outputs,), torch.float32)
-        check(op, "scale", scale, (1 if outputs == m else 3,), torch.float32)
-        out = torch.empty(tokens, outputs)
-        dtype = dtype_code(streams.dtype)
-        mix_kernel(streams.data_ptr(), dtype, fn.data_ptr(), out.data_ptr(), tokens, m * dim, outputs)
+    def embed(token_ids: Tensor, table: Tensor, streams: int, act: torch.dtype) -> Tensor:
+        check("embed", "token_ids", token_ids, (None,), torch.int64)
+        check("embed", "table", table, (None, None), *ACT_DTYPES)
+        tokens, (vocab, dim) = token_ids.shape[0], table.shape
+        if not 1 <= streams <= MAX_STREAMS:
+            raise ValueError(f"embed: 1 to {MAX_STREAMS} streams, not {streams}")
+        out = torch.empty(tokens, streams, dim, dtype=act)
+        embed_kernel(
+            token_ids.data_ptr(), table.data_ptr(), dtype_code(table.dtype), vocab, out.data_ptr(),
+            dtype_code(act), tokens, streams, dim,
+        )  # fmt: skip
         return out
 
     def hc_pre(
-        streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iters: int, eps: float, norm_eps: float
+        streams: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        norm: Tensor,
+        *,
+        iters: int,
+        eps: float,
+        norm_eps: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        check_streams("hc_pre", streams)
-        tokens, m, dim = streams.shape
-        mixed = mixes("hc_pre", streams, fn, base, scale, (2 + m) * m)
+        tokens, m, dim = _check_streams("hc_pre", streams)
+        _check_mixing("hc_pre", fn, base, scale, norm, ((2 + m) * m, m, dim))
         x = torch.empty(tokens, dim, dtype=streams.dtype)
         post, comb = torch.empty(tokens, m), torch.empty(tokens, m, m)
         pre_kernel(
-            streams.data_ptr(), dtype_code(streams.dtype), mixed.data_ptr(), base.data_ptr(),
-            scale.data_ptr(), x.data_ptr(), post.data_ptr(), comb.data_ptr(),
+            streams.data_ptr(), dtype_code(streams.dtype), fn.data_ptr(), base.data_ptr(), scale.data_ptr(),
+            norm.data_ptr(), dtype_code(norm.dtype), x.data_ptr(), post.data_ptr(), comb.data_ptr(),
             tokens, m, dim, iters, eps, norm_eps,
         )  # fmt: skip
         return x, post, comb
 
     def hc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
-        check_streams("hc_post", streams)
-        tokens, m, dim = streams.shape
+        tokens, m, dim = _check_streams("hc_post", streams)
         check("hc_post", "y", y, (tokens, dim), streams.dtype)
         check("hc_post", "post", post, (tokens, m), torch.float32)
         check("hc_post", "comb", comb, (tokens, m, m), torch.float32)
@@ -191,24 +211,51 @@ def _hyper_ops(kernels: Kernels) -> dict[str, Op]:
         return out
 
     def hc_head(
-        streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float, norm_eps: float
+        streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, *, eps: float, norm_eps: float
     ) -> Tensor:
-        check_streams("hc_head", streams)
-        tokens, m, dim = streams.shape
-        mixed = mixes("hc_head", streams, fn, base, scale, m)
+        tokens, m, dim = _check_streams("hc_head", streams)
+        _check_mixing("hc_head", fn, base, scale, norm, (m, m, dim))
         x = torch.empty(tokens, dim, dtype=streams.dtype)
         head_kernel(
-            streams.data_ptr(), dtype_code(streams.dtype), mixed.data_ptr(), base.data_ptr(),
-            scale.data_ptr(), x.data_ptr(), tokens, m, dim, eps, norm_eps,
+            streams.data_ptr(), dtype_code(streams.dtype), fn.data_ptr(), base.data_ptr(), scale.data_ptr(),
+            norm.data_ptr(), dtype_code(norm.dtype), x.data_ptr(), tokens, m, dim, eps, norm_eps,
         )  # fmt: skip
         return x
 
-    return {"hc_pre": hc_pre, "hc_post": hc_post, "hc_head": hc_head}
+    return {"embed": embed, "hc_pre": hc_pre, "hc_post": hc_post, "hc_head": hc_head}
+
+
+def _check_streams(op: str, streams: Tensor) -> torch.Size:
+    check(op, "streams", streams, (None, None, None), *ACT_DTYPES)
+    if not 1 <= streams.shape[1] <= MAX_STREAMS:
+        raise ValueError(f"{op}: 1 to {MAX_STREAMS} streams, not {streams.shape[1]}")
+    return streams.shape
+
+
+def _check_mixing(
+    op: str, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, sizes: tuple[int, int, int]
+) -> None:
+    """``sizes``: outputs of fn, streams, features of a stream."""
+    outputs, m, dim = sizes
+    check(op, "fn", fn, (outputs, m * dim), torch.float32)
+    check(op, "base", base, (outputs,), torch.float32)
+    check(op, "scale", scale, (1 if outputs == m else 3,), torch.float32)
+    check(op, "norm", norm, (dim,), *ACT_DTYPES)
 
 
 def _sample_ops(kernels: Kernels) -> dict[str, Op]:
+    argmax_kernel = kernels.bind("argmax", PTR, PTR, I64, I64)
     log_softmax_kernel = kernels.bind("log_softmax", PTR, PTR, I64, I64)
     gumbel_kernel = kernels.bind("gumbel", PTR, PTR, PTR, I64, I64)
+
+    def argmax(logits: Tensor) -> Tensor:
+        check("argmax", "logits", logits, (None, None), torch.float32)
+        rows, vocab = logits.shape
+        if vocab == 0:
+            raise ValueError("argmax: logits must have at least one column")
+        out = torch.empty(rows, dtype=torch.int64)
+        argmax_kernel(logits.data_ptr(), out.data_ptr(), rows, vocab)
+        return out
 
     def log_softmax(logits: Tensor) -> Tensor:
         check("log_softmax", "logits", logits, (None, None), torch.float32)
@@ -223,4 +270,4 @@ def _sample_ops(kernels: Kernels) -> dict[str, Op]:
         gumbel_kernel(seeds.data_ptr(), positions.data_ptr(), out.data_ptr(), seeds.shape[0], vocab_size)
         return out
 
-    return {"log_softmax": log_softmax, "gumbel": gumbel}
+    return {"argmax": argmax, "log_softmax": log_softmax, "gumbel": gumbel}

@@ -1,9 +1,16 @@
-"""Reference of the hyper-connections: residual streams into a sub-layer, out of it, and at the head."""
+"""Reference of the residual streams: from the embedding, into a sub-layer, out of it, and at the head."""
 
 import torch
 from torch import Tensor
 
-from bittrue.ops.ref.norm import inverse_rms, row_sum
+from bittrue.ops.ref.norm import inverse_rms, rms_norm, row_sum
+
+
+def embed(token_ids: Tensor, table: Tensor, streams: int, act: torch.dtype) -> Tensor:
+    is_known = (token_ids >= 0) & (token_ids < table.shape[0])
+    rows = table[torch.where(is_known, token_ids, 0)].to(act)
+    rows = torch.where(is_known[:, None], rows, torch.nan)
+    return rows[:, None, :].repeat(1, streams, 1)
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -47,14 +54,23 @@ def _mix_streams(factors: Tensor, streams: Tensor) -> Tensor:
 
 
 def hc_pre(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iters: int, eps: float, norm_eps: float
+    streams: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm: Tensor,
+    *,
+    iters: int,
+    eps: float,
+    norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     m = streams.shape[1]
     mixes = _mixes(streams, fn, norm_eps)
     pre = _sigmoid(mixes[:, :m] * scale[0] + base[:m]) + eps
     post = 2.0 * _sigmoid(mixes[:, m : 2 * m] * scale[1] + base[m : 2 * m])
     comb = torch.unflatten(mixes[:, 2 * m :] * scale[2] + base[2 * m :], -1, (m, m))
-    return _mix_streams(pre, streams).to(streams.dtype), post, _sinkhorn(comb, iters, eps)
+    x = _mix_streams(pre, streams).to(streams.dtype)
+    return rms_norm(x, norm, norm_eps), post, _sinkhorn(comb, iters, eps)
 
 
 def hc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -65,7 +81,7 @@ def hc_post(y: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
 
 
 def hc_head(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, eps: float, norm_eps: float
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm: Tensor, *, eps: float, norm_eps: float
 ) -> Tensor:
     factors = _sigmoid(_mixes(streams, fn, norm_eps) * scale[0] + base) + eps
-    return _mix_streams(factors, streams).to(streams.dtype)
+    return rms_norm(_mix_streams(factors, streams).to(streams.dtype), norm, norm_eps)

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bittrue.config.formats import FP4_GROUP, KV_GROUP, RowFormat
+from bittrue.ops.ref.norm import rms_norm
+from bittrue.ops.ref.rope import rope
 
 FP8_FLOOR = 1e-4
 FP4_FLOOR = 6 * 2.0**-126
@@ -108,6 +110,11 @@ def pack_rows(x: Tensor, fmt: RowFormat) -> Tensor:
     codes, scales = _e2m1(_grouped(x, FP4_GROUP))
     pairs = torch.unflatten(codes.flatten(-2)[..., : fmt.dim], -1, (-1, 2))
     return torch.cat((pairs[..., 0] | (pairs[..., 1] << 4), scales), dim=-1)
+
+
+def kv_rows(kv: Tensor, norm: Tensor, cos: Tensor, sin: Tensor, eps: float, fmt: RowFormat) -> Tensor:
+    turned = rope(rms_norm(kv, norm, eps)[:, None], cos, sin, False)[:, 0]
+    return pack_rows(turned.contiguous(), fmt)
 
 
 def unpack_rows(rows: Tensor, fmt: RowFormat) -> Tensor:

@@ -34,8 +34,12 @@ def route_topk(logits: Tensor, bias: Tensor | None, k: int, scale: float) -> tup
 
 
 def route_hash(logits: Tensor, token_ids: Tensor, table: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    ids = table[token_ids].int()
-    weights = torch.empty(ids.shape, dtype=torch.float32)
-    for t in range(logits.shape[0]):
-        weights[t] = weights_of(scores_of(logits[t]), ids[t], scale)
+    ids = torch.zeros(logits.shape[0], table.shape[1], dtype=torch.int32)
+    weights = torch.full(ids.shape, torch.nan)
+    for t, token in enumerate(token_ids.tolist()):
+        if 0 <= token < table.shape[0] and bool(
+            ((table[token] >= 0) & (table[token] < logits.shape[1])).all()
+        ):
+            ids[t] = table[token].int()
+            weights[t] = weights_of(scores_of(logits[t]), ids[t], scale)
     return ids, weights

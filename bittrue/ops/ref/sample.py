@@ -1,4 +1,4 @@
-"""Reference of what sampling needs: log_softmax, and Gumbel noise as a function of (seed, position, id)."""
+"""Reference of sampling: argmax, log_softmax, and Gumbel noise as a function of (seed, position, id)."""
 
 import numpy as np
 import torch
@@ -17,6 +17,10 @@ def log_softmax(logits: Tensor) -> Tensor:
     # Elementary functions go through float64: torch's own f32 ones give other bits at the end of a buffer.
     total = row_sum(torch.exp((logits - largest).double()).float())
     return logits - (largest + torch.log(total.double()).float()[:, None])
+
+
+def argmax(logits: Tensor) -> Tensor:
+    return torch.from_numpy(np.argmax(logits.numpy(), axis=-1))
 
 
 def philox_4x32_10(

@@ -21,6 +21,7 @@ def reference_table() -> OpTable:
     """Every op as its reference."""
     return OpTable(
         name="reference",
+        embed=hyper.embed,
         rms_norm=norm.rms_norm,
         rope_angles=rope.rope_angles,
         rope=rope.rope,
@@ -28,6 +29,7 @@ def reference_table() -> OpTable:
         quant_fp4=quant.quant_fp4,
         hadamard=quant.hadamard,
         pack_rows=quant.pack_rows,
+        kv_rows=quant.kv_rows,
         unpack_rows=quant.unpack_rows,
         linear=linear.linear,
         grouped_linear=linear.grouped_linear,
@@ -43,6 +45,7 @@ def reference_table() -> OpTable:
         hca_compress=compress.hca_compress,
         index_topk=index.index_topk,
         attention=attention.attention,
+        argmax=sample.argmax,
         log_softmax=sample.log_softmax,
         gumbel=sample.gumbel,
     )

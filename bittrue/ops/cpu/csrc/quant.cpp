@@ -1,9 +1,9 @@
-// quant_fp8, quant_fp4, hadamard, pack_rows and unpack_rows over rows.
+// quant_fp8, quant_fp4, hadamard, pack_rows, kv_rows and unpack_rows over rows.
 #include "rowops.h"
 
 namespace {
 
-thread_local Scratch hadamard_work;
+thread_local Scratch hadamard_work, row_work;
 
 template <class T> void quant(const void* x, void* out, int64_t rows, int64_t n, int64_t group, bool fp8) {
     const T* from = static_cast<const T*>(x);
@@ -23,6 +23,25 @@ template <class T> void hadamard(const void* x, void* out, int64_t rows, int64_t
 template <class T> void pack(const void* x, uint8_t* __restrict out, int64_t rows, const RowSpec& spec) {
     const T* from = static_cast<const T*>(x);
     PARALLEL_FOR(r, rows, rows * spec.dim) { pack_row(from + r * spec.dim, out + r * spec.bytes(), spec); };
+}
+
+template <class T, class W>
+void kv_rows(const T* kv, const W* norm, const float* cos, const float* sin, float eps, uint8_t* out, int64_t rows,
+             const RowSpec& spec, int64_t turned) {
+    PARALLEL_FOR(r, rows, rows * spec.dim * 2) {
+        T* x = row_work.get<T>(spec.dim);
+        rms_norm_row(kv + r * spec.dim, norm, x, spec.dim, eps);
+        rope_row(x, x, spec.dim, turned, cos + r * (turned / 2), sin + r * (turned / 2), false);
+        pack_row(x, out + r * spec.bytes(), spec);
+    };
+}
+
+template <class T>
+void kv_rows(const void* kv, const void* norm, int64_t norm_dtype, const float* cos, const float* sin, float eps,
+             uint8_t* out, int64_t rows, const RowSpec& spec, int64_t turned) {
+    const T* x = static_cast<const T*>(kv);
+    if (norm_dtype == 0) kv_rows(x, static_cast<const float*>(norm), cos, sin, eps, out, rows, spec, turned);
+    else kv_rows(x, static_cast<const bf16*>(norm), cos, sin, eps, out, rows, spec, turned);
 }
 
 }  // namespace
@@ -55,6 +74,16 @@ BITTRUE_EXPORT(pack_rows)(const void* x, int64_t dtype, uint8_t* out, int64_t ro
     else pack<bf16>(x, out, rows, spec);
 }
 BITTRUE_REPLAYABLE(pack_rows)
+
+// kv [rows, dim], norm [dim], cos, sin [rows, turned / 2] -> out [rows, bytes]; the last `turned` features are rotated
+BITTRUE_EXPORT(kv_rows)(const void* kv, int64_t dtype, const void* norm, int64_t norm_dtype, const float* cos,
+                        const float* sin, int64_t turned, float eps, uint8_t* out, int64_t rows, int64_t kind, int64_t dim,
+                        int64_t rope_dim) {
+    const RowSpec spec{kind, dim, rope_dim};
+    if (dtype == 0) kv_rows<float>(kv, norm, norm_dtype, cos, sin, eps, out, rows, spec, turned);
+    else kv_rows<bf16>(kv, norm, norm_dtype, cos, sin, eps, out, rows, spec, turned);
+}
+BITTRUE_REPLAYABLE(kv_rows)
 
 // bytes [rows, bytes] -> out [rows, dim] f32
 BITTRUE_EXPORT(unpack_rows)(const uint8_t* __restrict bytes, float* __restrict out, int64_t rows, int64_t kind,

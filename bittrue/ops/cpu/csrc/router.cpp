@@ -34,6 +34,19 @@ BT void choose(const float* values, int64_t experts, int64_t k, int32_t* ids) {
     }
 }
 
+// table [k] names experts of one token: their ids and weights; only their scores are formed. False: not all are experts.
+bool route_by_table(const float* logits, const int64_t* chosen, int64_t experts, int64_t k, float scale, int32_t* ids,
+                    float* weights) {
+    for (int64_t j = 0; j < k; ++j)
+        if (chosen[j] < 0 || chosen[j] >= experts) return false;
+    for (int64_t j = 0; j < k; ++j) ids[j] = int32_t(chosen[j]), weights[j] = logits[chosen[j]];
+    scores_of(weights, k, weights);
+    float total = 1e-20f;  // as in weights_of
+    for (int64_t j = 0; j < k; ++j) total = total + weights[j];
+    for (int64_t j = 0; j < k; ++j) weights[j] = weights[j] / total * scale;
+    return true;
+}
+
 }  // namespace
 
 // logits [tokens, experts], bias [experts] or null -> ids, weights [tokens, k]; k <= experts.
@@ -50,13 +63,16 @@ BITTRUE_EXPORT(route_topk)(const float* logits, const float* bias, int64_t token
 }
 BITTRUE_REPLAYABLE(route_topk)
 
-// logits [tokens, experts], ids [tokens, k] as looked up -> weights [tokens, k].
-BITTRUE_EXPORT(route_hash)(const float* logits, const int32_t* ids, int64_t tokens, int64_t experts, int64_t k,
-                           float scale, float* weights) {
-    PARALLEL_FOR(t, tokens, tokens * experts * 16) {
-        float* scores = score_scratch.get<float>(experts);
-        scores_of(logits + t * experts, experts, scores);
-        weights_of(scores, ids + t * k, k, scale, weights + t * k);
+// logits [tokens, experts], token_ids [tokens], table [vocab, k] -> ids, weights [tokens, k]; ids 0 and weights NaN where the
+// token is not in the table or the table names no expert.
+BITTRUE_EXPORT(route_hash)(const float* logits, const int64_t* token_ids, const int64_t* table, int64_t vocab, int64_t tokens,
+                           int64_t experts, int64_t k, float scale, int32_t* ids, float* weights) {
+    PARALLEL_FOR(t, tokens, tokens * k * 16) {
+        const int64_t id = token_ids[t];
+        if (0 <= id && id < vocab &&
+            route_by_table(logits + t * experts, table + id * k, experts, k, scale, ids + t * k, weights + t * k))
+            return;
+        for (int64_t j = 0; j < k; ++j) ids[t * k + j] = 0, weights[t * k + j] = __builtin_nanf("");
     };
 }
 BITTRUE_REPLAYABLE(route_hash)

@@ -1,4 +1,4 @@
-// log_softmax over rows of logits, and Gumbel noise from Philox-4x32-10.
+// argmax and log_softmax over rows of logits, and Gumbel noise from Philox-4x32-10.
 #include "simd.h"
 
 namespace {
@@ -95,7 +95,55 @@ void gumbel_row(uint64_t seed, uint64_t position, float* out, int64_t n) {
     }
 }
 
+// ---- argmax: the largest of every chunk, then the first chunk that holds the largest of all
+
+constexpr int64_t CHUNK = 4096;  // values that one thread takes at a time
+
+thread_local Scratch chunk_scratch;  // of the calling thread
+
+// The largest value of x [n], or a NaN when there is one.
+float row_max_or_nan(const float* x, int64_t n) {
+    f32x16 m = set1(-__builtin_inff());
+    uint32_t nan = 0;
+    for (int64_t i = 0; i < n; i += 16) {
+        const f32x16 v = load_n(x + i, n - i);
+        nan |= ~to_bits(equal(v, v)) & 0xffffu;
+        m = max(select(lanes_below(n - i), v, m), m);
+    }
+    return nan != 0 ? __builtin_nanf("") : hmax(m);
+}
+
+int64_t argmax_row(const float* x, const float* tops, int64_t n) {
+    int64_t best = 0;
+    for (int64_t c = 0; c * CHUNK < n; ++c) {
+        if (tops[c] != tops[c]) {
+            best = c;
+            break;
+        }
+        if (tops[c] > tops[best]) best = c;
+    }
+    const float top = tops[best];
+    for (int64_t i = best * CHUNK;; i += 16) {
+        const f32x16 v = load_n(x + i, n - i);
+        uint32_t found = top != top ? ~to_bits(equal(v, v)) : to_bits(equal(v, set1(top)));
+        found &= to_bits(lanes_below(n - i));
+        if (found != 0) return i + __builtin_ctz(found);
+    }
+}
+
 }  // namespace
+
+// logits [rows, n] -> out [rows], n > 0
+BITTRUE_EXPORT(argmax)(const float* __restrict logits, int64_t* __restrict out, int64_t rows, int64_t n) {
+    const int64_t chunks = (n + CHUNK - 1) / CHUNK;
+    float* tops = chunk_scratch.get<float>(rows * chunks);
+    PARALLEL_FOR(job, rows * chunks, rows * n / 4) {
+        const int64_t start = job % chunks * CHUNK;
+        tops[job] = row_max_or_nan(logits + job / chunks * n + start, n - start < CHUNK ? n - start : CHUNK);
+    };
+    for (int64_t r = 0; r < rows; ++r) out[r] = argmax_row(logits + r * n, tops + r * chunks, n);
+}
+BITTRUE_REPLAYABLE(argmax)
 
 // logits, out [rows, n]
 BITTRUE_EXPORT(log_softmax)(const float* __restrict logits, float* __restrict out, int64_t rows, int64_t n) {

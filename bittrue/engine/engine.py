@@ -284,8 +284,10 @@ class Engine:
     def _check_tokens(self, request: Request) -> None:
         vocab = self.config.vocab_size
         for name, ids in (("prompt", request.prompt), ("resume", request.resume)):
-            bad = next((i for i in ids if not 0 <= i < vocab), None)
-            if bad is not None:
+            # A prompt may have a million tokens, and every running sequence waits meanwhile.
+            low, high = min(ids, default=0), max(ids, default=0)
+            bad = low if low < 0 else high
+            if not 0 <= bad < vocab:
                 raise InvalidRequest(
                     f"{name} holds token id {bad}; this model's ids are 0 to {vocab - 1}", param=name
                 )

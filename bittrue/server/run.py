@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import signal
 import socket
@@ -127,6 +128,7 @@ async def _start(
         starting.cancel()
         raise
     grammars = await asyncio.to_thread(GrammarCompiler, tokenizer, ready.vocab_size)
+    gc.freeze()  # what the start made stays: no collection looks through it again
     created = int(time.time())
     return ServerState(config, tokenizer, Codec(tokenizer), grammars, client, metrics, log, created)
 

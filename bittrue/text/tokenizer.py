@@ -83,7 +83,9 @@ class Tokenizer:
     def encode_text(self, text: str) -> list[int]:
         """Token ids of plain text; never an added token. Raises InvalidRequest on lone surrogates."""
         try:
-            return list(self._plain.encode(text, add_special_tokens=False).ids)
+            # The batch call lets other threads run meanwhile, and without offsets it takes a fifth of the time.
+            ids: list[int] = self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return ids
         except (UnicodeEncodeError, TypeError) as error:
             if has_surrogate(text):
                 raise InvalidRequest("the text holds a lone surrogate, which no UTF-8 can carry") from error

@@ -18,6 +18,27 @@ def test_angles_are_right_at_a_million_positions(ops):
             assert abs(sin[t, k].item() - math.sin(angle)) <= 2.0**-25
 
 
+@pytest.mark.parametrize("largest", [2**20, 2**31 - 1])
+def test_angles_are_the_rounded_float64_ones(ops, largest):
+    """No position differs by a bit, the few beyond the range of the quick reduction included."""
+    generator = torch.Generator().manual_seed(largest)
+    positions = torch.randint(0, largest, (4000,), generator=generator, dtype=torch.int32)
+    positions[:3] = torch.tensor([0, 1, largest - 1], dtype=torch.int32)
+    cos, sin = ops.rope_angles(positions, INV_FREQ)
+    angles = (positions.float()[:, None] * INV_FREQ).double()
+    assert torch.equal(cos, angles.cos().float())
+    assert torch.equal(sin, angles.sin().float())
+
+
+@pytest.mark.parametrize("half", [1, 15, 16, 17, 40])
+def test_an_angle_does_not_depend_on_how_many_there_are(ops, half):
+    positions = torch.tensor([3, 1_000_003], dtype=torch.int32)
+    frequencies = torch.logspace(0, -4, 40)
+    cos, sin = ops.rope_angles(positions, frequencies)
+    short = ops.rope_angles(positions, frequencies[:half].clone())
+    assert torch.equal(short[0], cos[:, :half]) and torch.equal(short[1], sin[:, :half])
+
+
 def test_no_positions_give_no_angles(ops):
     cos, sin = ops.rope_angles(torch.zeros(0, dtype=torch.int32), INV_FREQ)
     assert cos.shape == sin.shape == (0, 32)

@@ -17,7 +17,7 @@ void rope(const T* __restrict x, const float* __restrict cos, const float* __res
 // positions [tokens], inv_freq [half] -> cos, sin [tokens, half]
 BITTRUE_EXPORT(rope_angles)(const int32_t* __restrict positions, const float* __restrict inv_freq,
                             float* __restrict cos, float* __restrict sin, int64_t tokens, int64_t half) {
-    PARALLEL_FOR(t, tokens, tokens * half * 64) { rope_angles_row(positions[t], inv_freq, half, cos + t * half, sin + t * half); };
+    PARALLEL_FOR(t, tokens, tokens * half * 16) { rope_angles_row(positions[t], inv_freq, half, cos + t * half, sin + t * half); };
 }
 BITTRUE_REPLAYABLE(rope_angles)
 

@@ -42,12 +42,62 @@ template <class T, class W> inline void rms_norm_row(const T* x, const W* weight
 
 // ---- rope
 
+constexpr int ANGLES = 16;
+constexpr double LARGEST_ANGLE = 1.6e6;  // up to here n * PI_1 below is exact
+
+// cos and sin of ANGLES angles in float64 within 1 ulp, rounded (the method and coefficients of fdlibm). A plain loop: the
+// compiler makes vectors of it, and nothing in it may fuse.
+inline void cos_sin(const double* angles, float* cos, float* sin) {
+    constexpr double MAGIC = 0x1.8p52;  // adding it rounds to an integer in the low bits
+    constexpr double PI_1 = 1.57079632673412561417e+00, PI_2 = 6.07710050630396597660e-11, PI_3 = 2.02226624879595063154e-21;
+    for (int i = 0; i < ANGLES; ++i) {
+        const double rounded = angles[i] * 6.36619772367581382433e-01 + MAGIC, n = rounded - MAGIC;
+        uint64_t quarter;
+        std::memcpy(&quarter, &rounded, 8);
+        // x + tail = angle - n pi/2, pi/2 in three parts of which two have 33 bits
+        const double a = angles[i] - n * PI_1, w = n * PI_2, b = a - w;
+        const double low = n * PI_3 - ((a - b) - w);
+        const double x = b - low, tail = (b - x) - low;
+        const double z = x * x, v = z * x, zz = z * z, half = 0.5 * z, one = 1.0 - half;
+        const double ps_high = 2.75573137070700676789e-06 + z * (-2.50507602534068634195e-08 + z * 1.58969099521155010221e-10);
+        const double ps = 8.33333333332248946124e-03 + z * (-1.98412698298579493134e-04 + z * ps_high);
+        const double s = x - ((z * (0.5 * tail - v * ps) - tail) - v * -1.66666666666666324348e-01);
+        const double pc_low = 4.16666666666666019037e-02 + z * (-1.38888888888741095749e-03 + z * 2.48015872894767294178e-05);
+        const double pc_high = -2.75573143513906633035e-07 + z * (2.08757232129817482790e-09 + z * -1.13596475577881948265e-11);
+        const double pc = z * pc_low + zz * zz * pc_high;
+        const double c = one + (((1.0 - one) - half) + (z * pc - x * tail));
+        uint64_t sine, cosine;
+        std::memcpy(&sine, &s, 8);
+        std::memcpy(&cosine, &c, 8);
+        const uint64_t swap = (sine ^ cosine) & (0 - (quarter & 1));
+        sine = (sine ^ swap) ^ (quarter & 2) << 62;
+        cosine = (cosine ^ swap) ^ ((quarter + 1) & 2) << 62;
+        double to_sin, to_cos;
+        std::memcpy(&to_sin, &sine, 8);
+        std::memcpy(&to_cos, &cosine, 8);
+        sin[i] = float(to_sin);
+        cos[i] = float(to_cos);
+    }
+}
+
 // cos and sin [half] of f32(position) * inv_freq, from float64: an f32 sine is wrong at large angles.
 inline void rope_angles_row(int64_t position, const float* inv_freq, int64_t half, float* cos, float* sin) {
-    for (int64_t k = 0; k < half; ++k) {
-        double angle = double(float(position) * inv_freq[k]);
-        cos[k] = float(__builtin_cos(angle));
-        sin[k] = float(__builtin_sin(angle));
+    for (int64_t k = 0; k < half; k += ANGLES) {
+        const int64_t n = half - k < ANGLES ? half - k : ANGLES;
+        double angles[ANGLES] = {};
+        float c[ANGLES], s[ANGLES];
+        bool is_far = false;
+        for (int64_t i = 0; i < n; ++i) {
+            angles[i] = double(float(position) * inv_freq[k + i]);
+            is_far |= !(__builtin_fabs(angles[i]) < LARGEST_ANGLE);
+        }
+        cos_sin(angles, c, s);
+        for (int64_t i = 0; is_far && i < n; ++i) {
+            c[i] = float(__builtin_cos(angles[i]));
+            s[i] = float(__builtin_sin(angles[i]));
+        }
+        std::memcpy(cos + k, c, size_t(n) * 4);
+        std::memcpy(sin + k, s, size_t(n) * 4);
     }
 }
 

@@ -109,6 +109,8 @@ def test_killed_engine_is_restarted_and_streams_go_on_with_the_same_tokens(
         assert client.pid != first_pid
         assert gauge(client, "bittrue_engine_restarts_total") == 1
         assert is_conserved(await client.fresh_stats())
+        # Only the first process had to look through the files.
+        assert (tmp_path / "starts.txt").read_text() == "verified=\nverified=standin-files\n"
 
     run_client(tmp_path, body, options=StandinOptions(step_s=0.005))
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from bittrue.engine.plan import SequenceOutput, StepPlan
 from bittrue.engine.scheduler import Scheduler, SchedulerLimits
 from bittrue.engine.sequence import Sequence
-from bittrue.engine.types import Request, SamplingParams
+from bittrue.engine.types import PrefillProgress, Request, SamplingParams
 from bittrue.errors import ConfigError, InvalidRequest, PromptTooLong, QueueFull
+from bittrue.kv.layout import KVBudget
 from bittrue.kv.manager import KVManager
 
 
@@ -374,3 +375,39 @@ def test_everyone_finishes_within_the_stated_bound_and_plans_repeat(
         assert ended_at < bound
         assert sequence.tokens == alone(tuple(range(num_prompt)), max_tokens)
     assert first["s0"][1].num_preemptions == 0
+
+
+def test_stats_tell_which_sequences_prefill_and_count_their_tokens() -> None:
+    scheduler = make(budget=100)
+    scheduler.add(request("long", 250, 3), 0.0)
+    scheduler.add(request("short", 20, 3), 0.0)
+    assert scheduler.stats().prefills == ()  # nothing runs yet
+    seen = []
+    while scheduler.has_work:
+        step(scheduler)
+        seen.append(scheduler.stats())
+    assert seen[0].prefills == (PrefillProgress("long", 80, 250),)
+    assert seen[1].prefills == (PrefillProgress("long", 179, 250),)
+    assert all(stats.prefills == () for stats in seen[2:])
+    totals = [stats.num_prefill_tokens_total for stats in seen]
+    assert totals[:3] == [100, 199, 270] and set(totals[2:]) == {270}
+
+
+def test_what_preemption_loses_counts_as_prefill_again() -> None:
+    scheduler = make(pages=4)
+    for name in ("old", "young"):
+        scheduler.add(request(name, 200, 100), 0.0)
+    ended = run_all(scheduler)
+    stats = scheduler.stats()
+    assert stats.num_preempted_total > 0
+    assert stats.num_prefill_tokens_total > 400
+    assert stats.num_generated_tokens_total == sum(s.num_generated for _, s in ended.values()) == 200
+
+
+def test_a_refusal_names_the_bytes_when_the_budget_is_known() -> None:
+    budget = KVBudget(page_bytes=1000, slot_bytes=300, max_sequences=8)
+    limits = SchedulerLimits(512, 8, 100, 10_000)
+    scheduler = Scheduler(limits, KVManager(4, 8), budget)
+    needed = budget.needed_for(604)
+    with pytest.raises(InvalidRequest, match=rf"larger --kv-memory \({needed} bytes\)$"):
+        scheduler.add(request("r", 600), 0.0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from bittrue.config.formats import index_key_format, kv_row_format
 from bittrue.errors import ConfigError
 from bittrue.kv import layout as kv_layout
-from bittrue.kv.layout import PAGE_TOKENS, KVLayout, LayerKind, pages_for
+from bittrue.kv.layout import PAGE_TOKENS, KVBudget, KVLayout, LayerKind, pages_for
 from bittrue.ops import contracts
 
 KIND: dict[int, LayerKind] = {0: "window", 4: "csa", 128: "hca"}
@@ -151,3 +151,30 @@ def test_fit_refuses_sizes_that_make_no_sense() -> None:
         published(SMALL).fit(10**9, max_sequences=0, max_context=1)
     with pytest.raises(ConfigError, match="max_draft"):
         published(SMALL, max_draft=-1)
+
+
+@given(
+    page_bytes=st.integers(1, 40),
+    slot_bytes=st.integers(0, 200),
+    max_sequences=st.integers(1, 9),
+    num_tokens=st.integers(1, 2000),
+)
+def test_the_bytes_told_for_a_sequence_are_the_least_from_which_on_it_fits(
+    page_bytes: int, slot_bytes: int, max_sequences: int, num_tokens: int
+) -> None:
+    budget = KVBudget(page_bytes, slot_bytes, max_sequences)
+    needed = budget.needed_for(num_tokens)
+
+    def fits(budget_bytes: int) -> bool:
+        return budget.fit(budget_bytes, max_context=2000)[0] >= pages_for(num_tokens)
+
+    assert all(fits(num_bytes) for num_bytes in range(needed, 3 * needed + 2000))
+    assert needed == page_bytes + slot_bytes or not fits(needed - 1)
+
+
+def test_a_budget_without_a_page_and_a_slot_is_refused_and_needs_a_sequence() -> None:
+    with pytest.raises(ConfigError, match="raise --kv-memory"):
+        KVBudget(100, 50, 4).fit(149, max_context=1)
+    assert KVBudget(100, 50, 4).fit(150, max_context=1) == (1, 1)
+    with pytest.raises(ConfigError, match="max_sequences is 0"):
+        KVBudget(100, 50, 0)

@@ -1,12 +1,14 @@
 """Reading a checkpoint: what is mapped, and every way it can be broken names the file and the tensor."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,7 +17,15 @@ from torch import Tensor
 from bittrue.errors import CheckpointError, UnsupportedModel
 from bittrue.model.inventory import DraftKind
 from bittrue.model.presets import Precision, make_checkpoint, random_tensors
-from bittrue.model.weights import Checkpoint, load_checkpoint, weight, weight_digest, weight_version
+from bittrue.model.tensor_file import read_header
+from bittrue.model.weights import (
+    Checkpoint,
+    _value_fault,
+    load_checkpoint,
+    weight,
+    weight_digest,
+    weight_version,
+)
 
 INDEX = "model.safetensors.index.json"
 
@@ -391,3 +401,43 @@ def test_the_version_sees_a_new_training_step_where_only_some_tensors_are_sample
 
     assert weight_version(with_tensors(1.0)) == weight_version(with_tensors(1.0))
     assert weight_version(with_tensors(1.0)) != weight_version(with_tensors(1.25))
+
+
+def test_files_known_to_be_sound_are_not_searched_again_until_they_change(
+    copy: Callable[[str], Path],
+) -> None:
+    directory = copy("single")
+    stamp = load_checkpoint(directory).stamp
+    assert load_checkpoint(directory, verify=False).stamp == stamp
+    # The bytes change behind the file's back: size, time and inode stay. Only a search would see it.
+    path = directory / "model.safetensors"
+    known = path.stat()
+    offset = next(e.begin for e in read_header(path) if e.name == "embed.weight")
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * 4)
+    os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns))
+    load_checkpoint(directory, verified=stamp)
+    assert refused(directory).tensor == "embed.weight"
+    # Any sign of a change, in any file, and the values are searched.
+    os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns + 1))
+    with pytest.raises(CheckpointError, match=r"embed\.weight"):
+        load_checkpoint(directory, verified=stamp)
+    os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns))
+    os.utime(directory / "config.json", ns=(0, 0))
+    with pytest.raises(CheckpointError, match=r"embed\.weight"):
+        load_checkpoint(directory, verified=stamp)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_search_tells_numbers_from_the_rest_by_their_bits(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    work = np.empty(8, np.uint64)
+    numbers = [0.0, -0.0, 1.5, -1.5, info.max, info.min, info.tiny, -info.smallest_normal / 4]
+    assert _value_fault(torch.tensor(numbers, dtype=torch.float64).to(dtype), 4, work) is None
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        for at in range(3):
+            piece = torch.zeros(3, dtype=dtype)
+            piece[at] = bad
+            assert _value_fault(piece, 4, work) == "NaN or infinity"
+            assert _value_fault(-piece, 4, work) == "NaN or infinity"

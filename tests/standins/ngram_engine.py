@@ -89,6 +89,8 @@ class NgramEngine:
                 tensor="layers.0.attn.wq_a.weight",
             )
         self.verified = "standin-files"
+        with (Path(model_dir) / "starts.txt").open("a") as starts:
+            starts.write(f"verified={verified}\n")
         self.max_context = config.max_context or self.config.max_context
         tokenizer_file = Path(model_dir) / "tokenizer.json"
         self._tokenizer = Tokenizer.from_file(tokenizer_file) if tokenizer_file.exists() else None

@@ -286,10 +286,10 @@ class Engine:
         for name, ids in (("prompt", request.prompt), ("resume", request.resume)):
             # A prompt may have a million tokens, and every running sequence waits meanwhile.
             low, high = min(ids, default=0), max(ids, default=0)
-            bad = low if low < 0 else high
-            if not 0 <= bad < vocab:
+            worst = low if low < 0 else high
+            if not 0 <= worst < vocab:
                 raise InvalidRequest(
-                    f"{name} holds token id {bad}; this model's ids are 0 to {vocab - 1}", param=name
+                    f"{name} holds token id {worst}; this model's ids are 0 to {vocab - 1}", param=name
                 )
         for name, chosen in (
             ("logit_bias", request.params.logit_bias),

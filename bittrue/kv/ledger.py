@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bittrue.config.formats import ActDtype, ceil_div
-from bittrue.kv.layout import CSA_RATIO, HCA_RATIO, KVLayout, PartName, pages_for
+from bittrue.kv.layout import CSA_RATIO, HCA_RATIO, PAGE_TOKENS, KVLayout, PartName, pages_for
 
 # What the engine process holds before any checkpoint: Python, torch and the other libraries, as measured
 # (Linux x86-64, CPU build of torch 2.13). The tables of tokenizer and grammar come on top, by vocabulary.
 PROCESS_BYTES = 264 << 20
 VOCAB_ENTRY_BYTES = 1 << 10
+
+# A token id that waits or is in the cache: an int, and its places in the request and in the sequence.
+TOKEN_BYTES = 48
 
 LOGIT_ROWS = 64  # rows of logits at a time (engine/runner.py)
 _LOGIT_COPIES = 4  # logits, scores, and what sampling sorts
@@ -74,7 +77,11 @@ class StepBounds:
 
 @dataclass(frozen=True, slots=True)
 class Ledger:
-    """Bytes by kind. ``kv_*`` are the pools, ``state_*`` the state slots; all add up to ``total``."""
+    """Bytes by kind, which add up to ``total``.
+
+    ``weights``: the mapped files; ``kv_*``: the pages; ``state_*``: the state slots; ``tokens``: the ids of
+    the sequences that fill the pages; ``step``: buffers of the largest step; ``process``: the program itself.
+    """
 
     lines: dict[str, int]
 
@@ -93,7 +100,8 @@ def memory_ledger(
     weight_bytes: int,
     bounds: StepBounds,
 ) -> Ledger:
-    """What an engine with these pools holds when every pool is full and the largest step has run.
+    """What an engine with these pools holds when every pool is full and the largest step has run; requests
+    that wait in the queue hold their token ids beside it.
 
     ``weight_bytes``: the checkpoint's files, which are mapped and never copied.
     """
@@ -105,6 +113,7 @@ def memory_ledger(
         for name in _PARTS
     }
     lines = {"weights": weight_bytes, **pools}
+    lines["tokens"] = pages * PAGE_TOKENS * TOKEN_BYTES
     lines["step"] = step_bytes(shape, act=act, bounds=bounds)
     lines["process"] = PROCESS_BYTES + shape.vocab_size * VOCAB_ENTRY_BYTES
     return Ledger(lines)

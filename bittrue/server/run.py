@@ -61,7 +61,10 @@ async def _serve(config: RunConfig, log: Log, listener: socket.socket, engine: E
                 return 0
         if state.is_limited_by_memory:
             log.warning(
-                "context_limited", max_context=state.max_context, reason="kv_memory holds no more tokens"
+                "context_limited",
+                max_context=state.max_context,
+                reason="kv_memory holds no more tokens",
+                kv_memory_for_all=state.kv_memory_for(client.ready.max_context),
             )
         server = Server(state, listener)
         client.on_dead = server.engine_died

@@ -4,6 +4,7 @@ The decode steps of all contexts are timed in turn, in rounds, so that their rat
 the machine was in one minute or another.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from bittrue.engine.engine import Engine
 from bittrue.engine.types import Request, SamplingParams, TokenEvent
 from bittrue.errors import UsageError
 from bittrue.kv.layout import KVLayout, pages_for
+from bittrue.obs.resident import resident
 
 WARM_STEPS = 2  # after a placement, not timed: the first step finds cold caches
 _MAX_PREFILLS = 5
@@ -73,28 +75,6 @@ def engine_config(model: Path, frontier: Frontier, **knobs: object) -> RunConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Footprint:
-    """Bytes of this process that are in memory: those of files mapped from disk, and all others."""
-
-    file: int
-    anonymous: int
-
-    @property
-    def total(self) -> int:
-        return self.file + self.anonymous
-
-    @classmethod
-    def now(cls) -> "Footprint":
-        """As Linux tells. Raises UsageError where /proc does not."""
-        try:
-            lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        except OSError as error:
-            raise UsageError(f"the frontier needs /proc/self/status to see memory: {error}") from error
-        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
-        return cls(file=(kib["RssFile"] + kib["RssShmem"]) << 10, anonymous=kib["RssAnon"] << 10)
-
-
-@dataclass(frozen=True, slots=True)
 class _Prefill:
     image: SequenceImage
     seconds: float
@@ -103,11 +83,10 @@ class _Prefill:
 
 @dataclass(slots=True)
 class FrontierBench:
-    """One run over one idle engine. ``before``: the process before the engine was loaded."""
+    """One run over one idle engine. ``tell`` is called with a line when something begins."""
 
     engine: Engine
     frontier: Frontier
-    before: Footprint
     tell: Tell
     images: dict[int, list[SequenceImage]] = field(default_factory=dict)
 
@@ -164,32 +143,30 @@ class FrontierBench:
     # ---- memory ------------------------------------------------------------------------------------------
 
     def _memory(self, context: int) -> Iterator[Measurement]:
-        """Resident bytes while ``batch`` sequences decode at ``context``, and what the ledger says to them.
+        """Resident bytes while ``batch`` sequences decode at ``context``, and their share of what the ledger
+        says with only the held pages and slots counted.
 
         Contexts come in ascending order, so no page is resident that the present sequences do not hold.
         """
         names = self._place(context)
         for _ in range(WARM_STEPS):
             self.engine.step()
-        now, stats = Footprint.now(), self.engine.stats()
+        now, stats = resident(os.getpid()), self.engine.stats()
         self._clear(names)
+        if now is None:
+            self.tell("this system does not tell what is resident")
+            return
         parts = self.engine.parts
-        pool = parts.layout.pool_bytes(stats.pages_held, stats.slots_held)
-        weights = sum(f.stat().st_size for f in Path(self.engine.run.model).glob("*.safetensors"))
-        unique = {id(image): image.num_bytes for images in self.images.values() for image in images}
-        own = sum(unique.values())
+        empty = parts.ledger.total - parts.layout.pool_bytes(parts.num_pages, parts.num_slots)
+        expected = empty + parts.layout.pool_bytes(stats.pages_held, stats.slots_held)
+        # The images are the benchmark's own.
+        images = {id(image): image.num_bytes for each in self.images.values() for image in each}
+        held = now.bytes - sum(images.values())
         filled = self.images[context][0].is_filled
         labels: dict[str, Label] = {"context": context, "batch": self.frontier.batch, "filled": filled}
-        ledger: dict[str, Label] = {
-            "file_bytes": now.file,
-            "before_bytes": self.before.total,
-            "benchmark_bytes": own,
-            "weight_bytes": weights,
-            "pool_bytes": pool,
-        }
-        yield measured("resident", "bytes", [now.total], {**labels, **ledger})
-        beyond = now.total - self.before.total - own - weights - pool
-        yield measured("resident beyond ledger", "bytes", [beyond], labels)
+        detail: dict[str, Label] = {"file_bytes": now.file_bytes, "ledger_bytes": expected}
+        yield measured("resident", "bytes", [held], {**labels, **detail})
+        yield measured("resident over ledger", "ratio", [held / expected], labels)
 
     # ---- decode ------------------------------------------------------------------------------------------
 

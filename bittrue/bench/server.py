@@ -84,17 +84,20 @@ def bench_start(model: Path, flags: Sequence[str], *, repeats: int) -> Iterator[
 
 @dataclass(frozen=True, slots=True)
 class _Pace:
-    """How a set of streams went: mean seconds from token to token of a stream, and the whole."""
+    """How a set of streams went: mean seconds from token to token of a stream, the whole, and what of it the
+    client of an HTTP server took."""
 
     per_token_s: float
     wall_s: float
+    client_cpu_s: float = 0.0
 
 
 def bench_added(engine: Engine, url: str, load: Load, *, rounds: int) -> Iterator[Measurement]:
     """The same streams by ``engine``, in this process, and over HTTP by the server at ``url``, in turn.
 
     Added to a token: the difference in time from token to token within a stream. Added per streamed token:
-    the difference of the whole, over all tokens of all streams. Medians of the rounds; one is dropped.
+    the difference of the whole, over all tokens of all streams. Both hold the work of this client, which is
+    told beside them. One round is dropped.
     """
     trace = make_trace(load)
     here, there = [], []
@@ -109,6 +112,8 @@ def bench_added(engine: Engine, url: str, load: Load, *, rounds: int) -> Iterato
     yield measured("added to a token", "s", [t.per_token_s - h.per_token_s for h, t in pairs], labels)
     added = [(t.wall_s - h.wall_s) / num_tokens for h, t in pairs]
     yield measured("added per streamed token", "s", added, labels)
+    client = [t.client_cpu_s / num_tokens for _, t in pairs]
+    yield measured("client per streamed token", "s", client, labels)
 
 
 def _in_process(engine: Engine, trace: Sequence[Arrival]) -> _Pace:
@@ -131,7 +136,7 @@ def _over_http(url: str, load: Load) -> _Pace:
     served = serve_load(Endpoint(url), load)
     paces = [outcome.per_token_s for outcome in _whole(served)]
     known = [pace for pace in paces if pace is not None]
-    return _Pace(sum(known) / len(known), served.wall_s)
+    return _Pace(sum(known) / len(known), served.wall_s, served.client_cpu_s)
 
 
 def _whole(served: Served) -> Sequence[Outcome]:

@@ -19,6 +19,8 @@ from bittrue.bench.result import Label, Measurement, measured, percentile
 from bittrue.bench.trace import Arrival, Load, make_trace
 from bittrue.errors import UsageError
 
+_ERROR_BYTES = 300  # of a refusal's body are kept
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
@@ -262,7 +264,8 @@ def read_recording(recording: Recording, chat: bool = False) -> Outcome:
     if recording.error:
         return Outcome(recording, recording.error)
     if recording.status != httpx.codes.OK:
-        return Outcome(recording, f"HTTP {recording.status}")
+        said = b"".join(piece for _, piece in recording.pieces)[:_ERROR_BYTES]
+        return Outcome(recording, f"HTTP {recording.status}: {said.decode(errors='replace')}")
     times: list[float] = []
     usage: _Usage | None = None
     is_finished = False

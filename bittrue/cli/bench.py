@@ -11,7 +11,7 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.table import Table
 
-from bittrue.bench.frontier import Footprint, Frontier, FrontierBench, engine_config
+from bittrue.bench.frontier import Frontier, FrontierBench, engine_config
 from bittrue.bench.linear import bench_many_rows, bench_one_row
 from bittrue.bench.machine import Roof, measure_roof
 from bittrue.bench.ops import bench_cases
@@ -99,11 +99,10 @@ def frontier(
     knobs = {"isa": isa, "level": level, "act": act, "threads": threads, "max_step_tokens": max_step_tokens}
     run = engine_config(model, plan, **knobs)
     story = Console(stderr=True)
-    before = Footprint.now()
     with LoadProgress(Log(sys.stderr), str(model)) as progress:
         engine = Engine(model, run, progress=progress)
     with story.status("starting") as status:
-        found = list(FrontierBench(engine, plan, before, status.update).run())
+        found = list(FrontierBench(engine, plan, status.update).run())
     parts = engine.parts
     config: dict[str, Label] = {
         "model": model.name,
@@ -113,6 +112,7 @@ def frontier(
         "threads": threads_of(parts.runner.model.ops),
         "max_step_tokens": run.max_step_tokens,
         "max_real_prefill": plan.max_real_prefill,
+        "index_heads": engine.config.index_num_heads,
         "index_topk": engine.config.index_topk,
         "weight_version": parts.weight_version,
     }

@@ -3,6 +3,7 @@
 import pytest
 
 from bittrue.bench import linear as linear_bench
+from bittrue.bench import machine
 from bittrue.bench.linear import bench_many_rows, bench_one_row
 from bittrue.bench.machine import last_cache_bytes, measure_roof
 from bittrue.bench.ops import bench_cases
@@ -54,6 +55,13 @@ def test_linear_is_held_against_torch_and_the_memory(monkeypatch: pytest.MonkeyP
     assert all(m.bytes >= 4 << 15 for m in one)  # a rotation does not fit the (pretended) cache
 
 
+@pytest.fixture
+def small_roof(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "PEAK_SIZE", 64)
+
+
+@pytest.mark.usefixtures("small_roof")
 def test_the_verb_prints_one_json_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert ops(op="rope", seconds=0.0, threads=1, json=True) == 0
     result = decode_result(capsys.readouterr().out, source="stdout")
@@ -62,9 +70,10 @@ def test_the_verb_prints_one_json_document(capsys: pytest.CaptureFixture[str]) -
     assert {m.name for m in result.measurements[3:]} == {"rope"}
 
 
+@pytest.mark.usefixtures("small_roof")
 def test_the_verb_prints_shares_of_the_roof(capsys: pytest.CaptureFixture[str]) -> None:
     assert ops(op="rms_norm", seconds=0.0, threads=1) == 0
     printed = capsys.readouterr().out
     assert "of copy" in printed and "of peak" in printed
-    copy_line = next(line for line in printed.splitlines() if "256 MiB" in line and "copy" in line)
+    copy_line = next(line for line in printed.splitlines() if "1 MiB" in line and "copy" in line)
     assert "100%" in copy_line

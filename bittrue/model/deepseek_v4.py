@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bittrue.config.formats import ACT_GROUP, FP4_GROUP, ActDtype, Level
+from bittrue.config.formats import ACT_GROUP, ActDtype, Level
 from bittrue.config.model import ModelConfig
 from bittrue.ops.contracts import Batch, CompressorWeights, ExpertBank, LayerCache, LayerKind, OpTable, Weight
 
@@ -201,7 +201,6 @@ class DeepseekV4:
         qr = ops.rms_norm(ops.linear(x8, p.wq_a), p.q_norm, config.norm_eps)
         qr8 = self._fp8_input(qr, p.wq_b)
         q = ops.linear(qr8, p.wq_b).view(num_tokens, heads, head_dim)
-        q = ops.rope(ops.rms_norm(q, None, config.norm_eps), angles.cos, angles.sin, False)
 
         # One vector per token is key and value of every head.
         kv = ops.linear(x8, p.wkv)
@@ -221,14 +220,14 @@ class DeepseekV4:
             cache,
             ids,
             p.sink,
+            angles.cos,
+            angles.sin,
             window=config.window,
             scale=head_dim**-0.5,
+            norm_eps=config.norm_eps,
             round_probs=self.is_published,
         )
         ops.store_window(step_rows, batch, cache.window)
-        # Keys are values, so the output carries the rotation of the rows it read: undo it at the query's
-        # position.
-        o = ops.rope(o, angles.cos, angles.sin, True)
         o = ops.grouped_linear(o.view(num_tokens, config.o_groups, -1), p.wo_a)
         o = o.view(num_tokens, config.o_groups * config.o_lora_rank)
         return ops.linear(self._fp8_input(o, p.wo_b), p.wo_b)
@@ -280,11 +279,17 @@ class DeepseekV4:
             act=self.act,
             hadamard=self.is_published,
         )
-        q = ops.rope(ops.linear(qr8, p.wq_b).view(-1, heads, dim), angles.cos, angles.sin, False)
-        if self.is_published:
-            q = ops.quant_fp4(ops.hadamard(q), FP4_GROUP)
-        weights = ops.linear(x, p.weights_proj, out_dtype=torch.float32) * (dim**-0.5 * heads**-0.5)
-        return ops.index_topk(q, weights, batch, cache.keys, cache.key_format, k=config.index_topk)
+        return ops.index_topk(
+            ops.linear(qr8, p.wq_b).view(-1, heads, dim),
+            ops.linear(x, p.weights_proj, out_dtype=torch.float32),
+            batch,
+            cache.keys,
+            cache.key_format,
+            angles.cos,
+            angles.sin,
+            k=config.index_topk,
+            weight_scale=dim**-0.5 * heads**-0.5,
+        )
 
     # ---- experts (2.7) -----------------------------------------------------------------------------------
 

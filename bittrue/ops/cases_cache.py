@@ -20,7 +20,8 @@ from bittrue.ops.contracts import (
     OpTable,
 )
 from bittrue.ops.numeric import Difference, bits, first_difference
-from bittrue.ops.ref.quant import pack_rows, quant_fp4, unpack_rows
+from bittrue.ops.ref.quant import hadamard, pack_rows, unpack_rows
+from bittrue.ops.ref.rope import rope_angles
 
 # (first position, number of tokens) of each sequence of a step.
 Pieces = tuple[tuple[int, int], ...]
@@ -314,25 +315,40 @@ def _hca() -> Iterator[Case]:
 # ---- index_topk
 
 
+def _quarter_turns(positions: Tensor, rope_dim: int) -> tuple[Tensor, Tensor]:
+    """cos, sin [T, R/2] of quarter turns: a rotation by them is exact."""
+    turns = (3 * positions[:, None] + 5 * torch.arange(rope_dim // 2)[None, :]) % 4
+    cos = torch.tensor([1.0, 0.0, -1.0, 0.0])
+    return cos[turns], cos[(turns + 3) % 4]
+
+
 def _index_inputs(seed: int, pieces: Pieces, fmt: RowFormat, heads: int, k: int) -> Call:
-    """f32, bf16: multiples of 1/2, whose dot products are exact in any order and tie. fp4: any FP4 values."""
+    """f32, bf16: multiples of 1/2, whose dot products are exact in any order and tie. fp4: any values; every
+    seventh key, and the queries of every third token, of groups so unlike that their powers of two differ."""
     batch, act = step_of(pieces, seed), F32 if fmt.kind == "f32" else BF16
     num_entries = _num_pages(batch) * PAGE_TOKENS // CSA_RATIO
     if fmt.kind == "fp4":
-        q = quant_fp4(_normal(seed + 1, batch.num_tokens, heads, fmt.dim).to(act), 32)
-        keys = _normal(seed + 2, num_entries, fmt.dim).to(act)
+        q = _normal(seed + 1, batch.num_tokens, heads, fmt.dim)
+        keys = _normal(seed + 2, num_entries, fmt.dim)
+        spread = 2.0 ** (9.0 * torch.arange(fmt.dim) / fmt.dim)
+        q[::3] = hadamard(q[::3] * spread)
+        keys[::7] *= spread
+        keys[::11, :32] = 0.0
+        angles = rope_angles(batch.positions, 0.1 ** torch.arange(8.0))
     else:
-        q = (_normal(seed + 1, batch.num_tokens, heads, fmt.dim).round() / 2).to(act)
-        keys = (_normal(seed + 2, num_entries, fmt.dim, scale=0.5).round() / 2).to(act)
+        q = _normal(seed + 1, batch.num_tokens, heads, fmt.dim).round() / 2
+        keys = _normal(seed + 2, num_entries, fmt.dim, scale=0.5).round() / 2
+        angles = _quarter_turns(batch.positions, 16)
     keys[::5] = 0.0
     weights = _normal(seed + 3, batch.num_tokens, heads)
-    pages = pack_rows(keys, fmt).view(_num_pages(batch), PAGE_TOKENS // CSA_RATIO, fmt.bytes)
-    return Call((q, weights, batch, pages, fmt), {"k": k})
+    pages = pack_rows(keys.to(act), fmt).view(_num_pages(batch), PAGE_TOKENS // CSA_RATIO, fmt.bytes)
+    return Call((q.to(act), weights, batch, pages, fmt, *angles), {"k": k, "weight_scale": 0.011})
 
 
 def _take_index(call: Call, rows: Tensor) -> Call:
-    q, weights, batch, pages, fmt = call.args
-    return Call((q[rows], weights[rows], take_tokens(batch, rows), pages, fmt), call.kwargs)
+    q, weights, batch, pages, fmt, cos, sin = call.args
+    args = (q[rows], weights[rows], take_tokens(batch, rows), pages, fmt, cos[rows], sin[rows])
+    return Call(args, call.kwargs)
 
 
 def _topk() -> Iterator[Case]:
@@ -385,7 +401,8 @@ def _attend_inputs(
     def rows(seed: int, num: int) -> Tensor:
         return pack_rows(_normal(seed, num, fmt.dim).to(act), fmt)
 
-    q = _normal(seed + 1, batch.num_tokens, heads, fmt.dim, scale=2.0).to(act)
+    # Multiples of 1/4: sums of squares are exact in any order, so every norm is the same.
+    q = (_normal(seed + 1, batch.num_tokens, heads, fmt.dim, scale=8.0).round() / 4).to(act)
     slots, pages, per_page = _num_slots(batch), _num_pages(batch), 32 if kind == "csa" else 1
     cache = LayerCache(
         kind=kind,
@@ -395,13 +412,20 @@ def _attend_inputs(
         rows=None if kind == "window" else rows(seed + 3, pages * per_page).view(pages, per_page, fmt.bytes),
     )
     ids = _picks(batch, 24, seed) if kind == "csa" else None
-    options = {"window": window, "scale": fmt.dim**-0.5, "round_probs": fmt.kind == "fp8"}
-    return Call((q, rows(seed + 4, batch.num_tokens), batch, cache, ids, _normal(seed + 5, heads)), options)
+    options = {
+        "window": window,
+        "scale": 2.0 * fmt.dim**-0.5,
+        "norm_eps": 1e-6,
+        "round_probs": fmt.kind == "fp8",
+    }
+    angles = _quarter_turns(batch.positions, 20)
+    args = (q, rows(seed + 4, batch.num_tokens), batch, cache, ids, _normal(seed + 5, heads), *angles)
+    return Call(args, options)
 
 
 def _take_attention(call: Call, rows: Tensor) -> Call:
     """Each token as a decode: its slot holds its sequence's window, with the step's rows before it stored."""
-    q, step_rows, batch, cache, ids, sink = call.args
+    q, step_rows, batch, cache, ids, sink, cos, sin = call.args
     ring = cache.window.shape[1]
     window = cache.window[batch.slots[batch.seq_ids[rows].long()].long()].clone()
     for i, t in enumerate(rows.tolist()):
@@ -409,8 +433,8 @@ def _take_attention(call: Call, rows: Tensor) -> Call:
         before = torch.arange(int(batch.offsets[s]), t)[-ring:]
         window[i, batch.positions[before].long() % ring] = step_rows[before]
     ids = None if ids is None else ids[rows]
-    args = (q[rows], step_rows[rows], take_tokens(batch, rows), replace(cache, window=window), ids, sink)
-    return Call(args, call.kwargs)
+    taken = (take_tokens(batch, rows), replace(cache, window=window), ids, sink, cos[rows], sin[rows])
+    return Call((q[rows], step_rows[rows], *taken), call.kwargs)
 
 
 def _row_magnitude(call: Call) -> Outputs:

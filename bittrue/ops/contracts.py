@@ -231,16 +231,19 @@ class OpTable:
     ``fold`` stands at max(folds[s], end - max draft) and the later rows are in ``pending``, so that up to ``max draft`` tokens can be undone."""
 
     index_topk: Callable[..., Tensor]
-    """(q [T, Hi, ci] act (already rotated, Hadamard, fp4 where the level says), head_weights [T, Hi] f32, batch, keys [P, 32, bytes], format, *, k)
+    """(q [T, Hi, ci] act as projected, head_weights [T, Hi] f32 as projected, batch, keys [P, 32, bytes], format, cos, sin [T, R/2], *, k, weight_scale)
     -> [T, k] i32: ids of the k visible entries (id < (position+1) // 4) with the largest score by (score descending, id ascending), returned in
-    ascending id order, -1 where fewer are visible. score = sum over heads, ascending, of head_weight * relu(q . key), f32."""
+    ascending id order, -1 where fewer are visible. q passes rope, then, where the keys are fp4, hadamard and quant_fp4(., 32): in both dtypes as these
+    ops do. score = chain over heads, ascending, of fma(head_weight * f32(weight_scale), relu(q . key), score), f32. Between FP4 values q . key is the
+    f32 sum, in ascending order, of the exact products of each group of 32 features; act bf16 with bf16 keys: magnitudes below 2^-50 count as 0."""
 
     attention: Callable[..., Tensor]
-    """(q [T, N, c] act, step_rows [T, bytes] u8, batch, cache: LayerCache, ids [T, k] i32 or None, sink [N] f32, *, window, scale,
-    round_probs: bool) -> [T, N, c] act. Rows of query t, in this order: window rows of positions max(0, t-window+1)..t ascending (from step_rows when in the
+    """(q [T, N, c] act as projected, step_rows [T, bytes] u8, batch, cache: LayerCache, ids [T, k] i32 or None, sink [N] f32, cos, sin [T, R/2], *,
+    window, scale, norm_eps, round_probs: bool) -> [T, N, c] act. q passes rms_norm(., None, norm_eps) and rope, the result, rounded to act, inverse rope, as
+    these ops do. Rows of query t, in this order: window rows of positions max(0, t-window+1)..t ascending (from step_rows when in the
     step, else from cache.window), then the compressed entries: ``ids`` (csa), all with id < (t+1) // 128 ascending (hca), none (window layers).
     Every row is key and value. p_j = exp(l_j - M) / (sum_j exp(l_j - M) + exp(sink - M)), M = max over the real l_j; round_probs: p_j's numerator is
-    rounded to bf16 for the value product only. No inverse rope here."""
+    rounded to bf16 for the value product only. Products of two bf16 values (act bf16; rows bf16 or fp8): magnitudes below 2^-50 count as 0."""
 
     argmax: Callable[[Tensor], Tensor]
     """(logits [R, V] f32), V > 0 -> [R] i64: the smallest id of the largest value; +0 and -0 are equal, and a NaN is larger

@@ -8,6 +8,7 @@ test shows for each of them.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import cache
 from statistics import median
 from typing import Any
@@ -20,6 +21,7 @@ from oracles.random_checkpoint import random_checkpoint
 from support.models import logits_of, make_runner, random_ids
 from torch import Tensor
 
+from bittrue.config.formats import RowFormat
 from bittrue.engine.runner import Runner
 from bittrue.kv.layout import KVLayout
 from bittrue.kv.pool import allocate
@@ -99,8 +101,8 @@ BROKEN_OPS: dict[str, dict[str, Any]] = {
         "experts": lambda *args, limit, quantize: HONEST.experts(*args, limit=limit, quantize=False)
     },
     "probabilities not rounded": {
-        "attention": lambda *args, window, scale, round_probs: HONEST.attention(
-            *args, window=window, scale=scale, round_probs=False
+        "attention": lambda *args, round_probs, **options: HONEST.attention(
+            *args, round_probs=False, **options
         )
     },
 }
@@ -117,13 +119,42 @@ def test_an_unquantised_cache_is_far_outside_the_bound() -> None:
     assert median(errors) > BROKEN_BOUND, errors
 
 
-@pytest.mark.parametrize("op", ["hadamard", "quant_fp4"])
-def test_an_index_query_without_its_transform_is_far_outside_the_bound(op: str) -> None:
-    same = {"hadamard": lambda x: x, "quant_fp4": lambda x, group: x}
-    s = setup("fp4", HONEST.with_ops(**{op: same[op]}))
+def index_without(transform: str) -> Callable[..., Tensor]:
+    """index_topk whose queries miss a transform ("nothing": none); its keys come in bf16, which is exact."""
+
+    def index_topk(
+        q: Tensor,
+        w: Tensor,
+        batch: Any,
+        keys: Tensor,
+        fmt: RowFormat,
+        cos: Tensor,
+        sin: Tensor,
+        **options: Any,
+    ) -> Tensor:
+        q = HONEST.rope(q, cos, sin, False)
+        q = q if transform == "hadamard" else HONEST.hadamard(q)
+        q = q if transform == "quant_fp4" else HONEST.quant_fp4(q, 32)
+        plain = RowFormat("bf16", fmt.dim)
+        rows = HONEST.pack_rows(HONEST.unpack_rows(keys, fmt).flatten(0, 1).bfloat16(), plain)
+        rows = rows.view(*keys.shape[:2], plain.bytes)
+        still = (torch.ones_like(cos), torch.zeros_like(sin))
+        return HONEST.index_topk(q, w, batch, rows, plain, *still, **options)
+
+    return index_topk
+
+
+@pytest.mark.parametrize("transform", ["hadamard", "quant_fp4"])
+def test_an_index_query_without_its_transform_is_far_outside_the_bound(transform: str) -> None:
+    s = setup("fp4", HONEST.with_ops(index_topk=index_without(transform)))
     kinds = [block.kind for block in s.runner.model.parameters.blocks]
     csa = [e for e, kind in zip(layer_errors(s), kinds, strict=True) if kind == "csa"]
     assert min(csa) > BROKEN_BOUND, csa
+
+
+def test_an_index_query_with_both_transforms_is_within_the_bound() -> None:
+    errors = layer_errors(setup("fp4", HONEST.with_ops(index_topk=index_without("nothing"))))
+    assert median(errors) <= MEDIAN_BOUND, errors
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

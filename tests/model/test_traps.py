@@ -66,6 +66,36 @@ def rope_halves(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return torch.cat((nope, a * c - b * s, a * s + b * c), dim=-1).contiguous()
 
 
+def attention_turned_by(turn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """attention whose queries and outputs are rotated by ``turn``; the op itself is given angles of zero."""
+
+    def attention(
+        q: Tensor,
+        rows: Tensor,
+        batch: Batch,
+        kv: Any,
+        ids: Any,
+        sink: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        norm_eps: float,
+        **options: Any,
+    ) -> Tensor:
+        q = turn(HONEST.rms_norm(q, None, norm_eps), cos, sin, False)
+        still = (torch.ones_like(cos), torch.zeros_like(sin))
+        # Normalised once more: that changes no more than roundings.
+        out = HONEST.attention(q, rows, batch, kv, ids, sink, *still, norm_eps=norm_eps, **options)
+        return turn(out, cos, sin, True)
+
+    return attention
+
+
+def attention_without_norm(*args: Any, scale: float, norm_eps: float, **options: Any) -> Tensor:
+    """2^30 swallows every mean square: the norm is a factor of 2^-15, which the scale takes back."""
+    return HONEST.attention(*args, scale=scale * 2**15, norm_eps=2.0**30, **options)
+
+
 def without_overlap(
     u: Tensor, gate: Tensor, weights: Any, batch: Batch, state: Tensor, *rest: Any, **options: Any
 ) -> None:
@@ -91,14 +121,16 @@ TRAPS: dict[str, dict[str, Any]] = {
         "hc_post": lambda y, h, post, comb: HONEST.hc_post(y, h, post, comb.transpose(1, 2).contiguous())
     },
     "3 CSA halves swapped": {"csa_compress": swapped_halves},
-    "5 rope on the first features": {"rope": rope_first},
-    "5 rope on halves": {"rope": rope_halves},
+    "5 rope on the first features": {"attention": attention_turned_by(rope_first)},
+    "5 rope on halves": {"attention": attention_turned_by(rope_halves)},
     "6 no inverse rope": {
-        "rope": lambda x, cos, sin, inverse: x if inverse else HONEST.rope(x, cos, sin, inverse)
+        "attention": attention_turned_by(
+            lambda x, cos, sin, inverse: x if inverse else HONEST.rope(x, cos, sin, inverse)
+        )
     },
     "7 sink left out": {
-        "attention": lambda q, rows, batch, kv, ids, sink, **o: HONEST.attention(
-            q, rows, batch, kv, ids, torch.full_like(sink, -1e30), **o
+        "attention": lambda q, rows, batch, kv, ids, sink, cos, sin, **o: HONEST.attention(
+            q, rows, batch, kv, ids, torch.full_like(sink, -1e30), cos, sin, **o
         )
     },
     "9 no clamp on the shared expert": {"swiglu": no_clamp_on_shared},
@@ -106,9 +138,7 @@ TRAPS: dict[str, dict[str, Any]] = {
     "14 index visibility floor(t / 4)": {
         "index_topk": lambda q, w, batch, *rest, **o: HONEST.index_topk(q, w, earlier(batch), *rest, **o)
     },
-    "16 no norm per query head": {
-        "rms_norm": lambda x, weight, eps: x if weight is None else HONEST.rms_norm(x, weight, eps)
-    },
+    "16 no norm per query head": {"attention": attention_without_norm},
     "17 hash layers without token ids": {
         "route_hash": lambda logits, ids, table, scale: HONEST.route_hash(
             logits, torch.zeros_like(ids), table, scale
@@ -124,6 +154,10 @@ TRAPS: dict[str, dict[str, Any]] = {
 
 def test_the_model_without_a_trap_is_within_the_tolerance() -> None:
     assert error_of() <= TOLERANCE
+
+
+def test_an_attention_turned_by_the_right_rotation_is_no_trap() -> None:
+    assert error_of(HONEST.with_ops(attention=attention_turned_by(HONEST.rope))) <= TOLERANCE
 
 
 @pytest.mark.parametrize("trap", TRAPS)

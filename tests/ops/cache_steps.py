@@ -113,6 +113,13 @@ def steps_of(cuts: Sequence[Sequence[int]]) -> list[list[Part]]:
     ]
 
 
+def quarter_turns(positions: Tensor, rope_dim: int) -> tuple[Tensor, Tensor]:
+    """cos, sin [T, rope_dim / 2] of quarter turns that differ by position and pair: rotations are exact."""
+    turns = (3 * positions[:, None] + 5 * torch.arange(rope_dim // 2)[None, :]) % 4
+    cos = torch.tensor([1.0, 0.0, -1.0, 0.0])
+    return cos[turns], cos[(turns + 3) % 4]
+
+
 def garbage(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """What the last user of a slot or page may have left: NaN, or 0xFF bytes."""
     return (

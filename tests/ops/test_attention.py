@@ -16,6 +16,7 @@ from cache_steps import (
     gather,
     ops_under_test,
     page_tables,
+    quarter_turns,
     slot_of,
     step,
     steps_of,
@@ -24,9 +25,14 @@ from torch import Tensor
 
 from bittrue.config.formats import RowFormat
 from bittrue.ops.contracts import LayerCache
+from bittrue.ops.cpu.cache import cache_ops
+from bittrue.ops.cpu.library import available_isas, load_kernels
+from bittrue.ops.cpu.vector import vector_ops
+from bittrue.ops.ref.norm import rms_norm
 from bittrue.ops.ref.quant import pack_rows, unpack_rows
+from bittrue.ops.ref.rope import rope, rope_angles
 
-C, HEADS, SCALE = 80, 3, 80**-0.5
+C, HEADS, SCALE, ROPE, EPS = 80, 3, 3 * 80**-0.5, 24, 1e-6
 FORMATS = {"f32": f32_format(C), "bf16": RowFormat("bf16", C), "fp8": RowFormat("fp8", C, 16)}
 Kind = Literal["window", "csa", "hca"]
 RATIO = {"csa": 4, "hca": 128}
@@ -61,8 +67,10 @@ class Layer:
             self.cache,
             ids,
             self.sink,
+            *quarter_turns(batch.positions, ROPE),
             window=self.window,
             scale=SCALE,
+            norm_eps=EPS,
             round_probs=round_probs,
         )
         self.ops["store_window"](rows, batch, self.cache.window)
@@ -111,7 +119,8 @@ def make(
         kind=kind,
         fmt=fmt,
         window=window,
-        q=[3 * torch.randn(n, HEADS, C, generator=generator).to(act) for n in lengths],
+        # Multiples of 1/4: sums of squares are exact in any order, so every norm is the same.
+        q=[(12 * torch.randn(n, HEADS, C, generator=generator)).round().to(act) / 4 for n in lengths],
         rows=[rows(n) for n in lengths],
         entries=entries,
         ids=[picks(n) for n in lengths],
@@ -134,14 +143,21 @@ def dense(layer: Layer, s: int, *, round_probs: bool = False) -> Tensor:
         for t in range(num):
             chosen = layer.ids[s][t]
             seen[t, num + chosen[chosen >= 0].long()] = True
-    logits = torch.einsum("tnc,rc->tnr", layer.q[s].double(), rows) * SCALE
+    angles = quarter_turns(torch.arange(num), ROPE)
+    q = rope(rms_norm(layer.q[s], None, EPS), *angles, False)
+    logits = torch.einsum("tnc,rc->tnr", q.double(), rows) * SCALE
     logits = logits.masked_fill(~seen[:, None], -torch.inf)
     top = logits.amax(-1, keepdim=True)
     probs = torch.exp(logits - top)
     total = probs.sum(-1, keepdim=True) + torch.exp(layer.sink.double()[None, :, None] - top)
     if round_probs:
         probs = probs.float().bfloat16().double()
-    return torch.einsum("tnr,rc->tnc", probs, rows) / total
+    out = torch.einsum("tnr,rc->tnc", probs, rows) / total
+    out[..., -ROPE:] = torch.view_as_real(
+        torch.view_as_complex(out[..., -ROPE:].unflatten(-1, (-1, 2)).contiguous())
+        * torch.complex(angles[0].double(), -angles[1].double())[:, None]
+    ).flatten(-2)
+    return out
 
 
 @pytest.mark.parametrize("ops", ops_under_test())
@@ -169,13 +185,15 @@ def test_a_rounded_numerator_is_not_renormalised(ops):
     rows[:, 1] = 1.0
     rows[0, 0] = 1.0
     q = torch.zeros(2, 1, 32)
-    q[1, 0, 0] = -0.7
+    q[:, 0, 0] = -(32**0.5)  # the norm of a row is sqrt(32): the scale makes the logit -0.7
     cache = LayerCache("window", fmt, None, torch.zeros(NUM_SLOTS, 4, fmt.bytes, dtype=torch.uint8))
     sink = torch.full((1,), -1e4)
     run = ops["attention"]
-    args = (q, pack_rows(rows, fmt), step([Part(0, 0, 2)], page_tables(1, 1)), cache, None, sink)
-    exact = run(*args, window=4, scale=1.0, round_probs=False)[1, 0, 1]
-    rounded = run(*args, window=4, scale=1.0, round_probs=True)[1, 0, 1]
+    batch, still = step([Part(0, 0, 2)], page_tables(1, 1)), (torch.ones(2, 4), torch.zeros(2, 4))
+    args = (q, pack_rows(rows, fmt), batch, cache, None, sink, *still)
+    options = {"window": 4, "scale": 0.7 * 32**-0.5, "norm_eps": 0.0}
+    exact = run(*args, **options, round_probs=False)[1, 0, 1]
+    rounded = run(*args, **options, round_probs=True)[1, 0, 1]
     p = torch.exp(torch.tensor(-0.7))
     wanted = (1 + float(p.bfloat16())) / (1 + float(p))
     assert abs(float(exact) - 1.0) < 1e-6
@@ -193,7 +211,8 @@ def test_the_sink_stays_outside_the_maximum(ops):
     out = layer.fresh().run([Part(0, 0, 4)])
     torch.testing.assert_close(out.double(), dense(layer, 0), atol=5e-6, rtol=0)
     first = unpack_rows(layer.rows[0][:1], layer.fmt)
-    assert torch.equal(out[0], first.expand(HEADS, C))
+    turned = rope(first.expand(1, HEADS, C), *quarter_turns(torch.arange(1), ROPE), True)
+    assert torch.equal(out[0], turned[0])
 
 
 @pytest.mark.parametrize("ops", ops_under_test())
@@ -239,14 +258,36 @@ def test_threads_do_not_change_the_bits(parts):
     layer = make({}, "hca", [256], name="fp8")
     q = torch.randn(parts[0].end - parts[0].start, 200, C, generator=generator).bfloat16()
     layer.cache.window.copy_(layer.rows[0][:128].expand(NUM_SLOTS, 128, -1))
-    args = (q, gather(layer.rows, parts), step(parts, layer.tables), layer.cache, None, torch.zeros(200))
+    batch = step(parts, layer.tables)
+    angles = quarter_turns(batch.positions, ROPE)
+    args = (q, gather(layer.rows, parts), batch, layer.cache, None, torch.zeros(200), *angles)
 
     def run(ops: dict[str, Callable[..., Any]]) -> Tensor:
-        return ops["attention"](*args, window=128, scale=SCALE, round_probs=True)
+        return ops["attention"](*args, window=128, scale=SCALE, norm_eps=EPS, round_probs=True)
 
     one, *others = for_each_thread_count(run)
     assert not one.isnan().any()
     assert all(torch.equal(other, one) for other in others)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("name", ["f32", "bf16", "fp8"])
+def test_norm_and_rotations_have_the_bits_of_their_own_ops(isa, name):
+    """Norm and rope before, inverse rope after: as rms_norm and rope of the same kernels do them."""
+    kernels = load_kernels(isa)
+    ops = cache_ops(kernels) | vector_ops(kernels)
+    layer = make(ops, "hca", [200], name=name)
+    batch = step([Part(0, 0, 200)], layer.tables)
+    angles = rope_angles(batch.positions, 0.2 ** torch.arange(ROPE // 2))
+    still = (torch.ones_like(angles[0]), torch.zeros_like(angles[1]))
+    rest = (gather(layer.rows, [Part(0, 0, 200)]), batch, layer.cache, None, layer.sink)
+    options = {"window": 128, "round_probs": name == "fp8"}
+    q = torch.randn(200, HEADS, C, generator=torch.Generator().manual_seed(8)).to(layer.q[0].dtype)
+    fused = ops["attention"](q, *rest, *angles, **options, scale=SCALE, norm_eps=EPS)
+    turned = ops["rope"](ops["rms_norm"](q, None, EPS), *angles, False)
+    # 2^30 swallows the mean square: this norm is a factor of 2^-15, which the scale takes back.
+    alone = ops["attention"](turned, *rest, *still, **options, scale=SCALE * 2**15, norm_eps=2.0**30)
+    assert torch.equal(fused, ops["rope"](alone, *angles, True))
 
 
 @pytest.mark.parametrize("ops", ops_under_test()[1:])

@@ -13,14 +13,17 @@ from cache_steps import (
     gather,
     ops_under_test,
     page_tables,
+    quarter_turns,
     step,
 )
 from torch import Tensor
 
 from bittrue.config.formats import RowFormat
-from bittrue.ops.ref.quant import pack_rows, quant_fp4, unpack_rows
+from bittrue.ops.contracts import Batch
+from bittrue.ops.ref.quant import hadamard, pack_rows, quant_fp4, unpack_rows
+from bittrue.ops.ref.rope import rope
 
-CI, HEADS = 64, 8
+CI, HEADS, ROPE = 64, 8, 16
 FORMATS = {"f32": f32_format(CI), "bf16": RowFormat("bf16", CI), "fp4": RowFormat("fp4", CI)}
 
 
@@ -56,7 +59,24 @@ def run(
     fmt: RowFormat,
     k: int,
 ) -> Tensor:
-    return ops["index_topk"](gather(q, parts), gather(weights, parts), step(parts, tables), pages, fmt, k=k)
+    return choose(ops, gather(q, parts), gather(weights, parts), step(parts, tables), pages, fmt, k)
+
+
+def choose(
+    ops: dict[str, Callable[..., Any]],
+    q: Tensor,
+    weights: Tensor,
+    batch: Batch,
+    pages: Tensor,
+    fmt: RowFormat,
+    k: int,
+) -> Tensor:
+    """The op for queries that reach the keys as ``q``: turned back, and transformed where the op does."""
+    angles = quarter_turns(batch.positions, ROPE)
+    if fmt.kind == "fp4":
+        q = hadamard(q)  # its own inverse
+    q = rope(q, *angles, True)
+    return ops["index_topk"](q, weights * 4, batch, pages, fmt, *angles, k=k, weight_scale=0.25)
 
 
 @pytest.mark.parametrize("ops", ops_under_test())
@@ -87,7 +107,7 @@ def test_all_zero_scores_and_both_zeros_choose_the_first_entries(ops):
     q = -torch.ones(1, HEADS, CI)
     for sign in (1.0, -1.0):  # relu gives 0 everywhere; a negative head weight turns it into -0
         weights = torch.full((1, HEADS), sign)
-        found = ops["index_topk"](q, weights, step([Part(0, 127, 128)], tables), pages, fmt, k=5)
+        found = choose(ops, q, weights, step([Part(0, 127, 128)], tables), pages, fmt, 5)
         assert found.tolist() == [[0, 1, 2, 3, 4]]
 
 
@@ -97,9 +117,8 @@ def test_an_entry_is_visible_from_its_last_token_on(ops):
     pages = key_pages([torch.ones(64, CI)], tables, fmt)
     q, weights = torch.ones(256, HEADS, CI), torch.ones(256, HEADS)
     for t in (0, 2, 3, 4, 6, 7, 127, 130, 131, 254, 255):
-        found = ops["index_topk"](
-            q[t : t + 1], weights[t : t + 1], step([Part(0, t, t + 1)], tables), pages, fmt, k=64
-        )
+        batch = step([Part(0, t, t + 1)], tables)
+        found = choose(ops, q[t : t + 1], weights[t : t + 1], batch, pages, fmt, 64)
         num = (t + 1) // 4
         assert found.tolist() == [[*range(num), *[-1] * (64 - num)]]
 
@@ -134,8 +153,8 @@ def test_threads_do_not_change_the_choice(parts):
     pages = key_pages([torch.randn(4096, CI, generator=generator)], tables, fmt)
     count = parts[0].end - parts[0].start
     q = quant_fp4(torch.randn(count, HEADS, CI, generator=generator), 32)
-    args = (q, torch.randn(count, HEADS, generator=generator), step(parts, tables), pages, fmt)
-    one, *others = for_each_thread_count(lambda ops: ops["index_topk"](*args, k=100))
+    args = (q, torch.randn(count, HEADS, generator=generator), step(parts, tables), pages, fmt, 100)
+    one, *others = for_each_thread_count(lambda ops: choose(ops, *args))
     assert all(torch.equal(other, one) for other in others)
 
 
@@ -143,7 +162,5 @@ def test_threads_do_not_change_the_choice(parts):
 def test_no_tokens_no_choice(ops):
     fmt, tables = FORMATS["f32"], page_tables(1, 1)
     pages = key_pages([torch.ones(32, CI)], tables, fmt)
-    found = ops["index_topk"](
-        torch.ones(0, HEADS, CI), torch.ones(0, HEADS), step([], tables), pages, fmt, k=4
-    )
+    found = choose(ops, torch.ones(0, HEADS, CI), torch.ones(0, HEADS), step([], tables), pages, fmt, 4)
     assert found.shape == (0, 4)

@@ -54,10 +54,36 @@ class FinishArgs(ctypes.Structure):
     )
 
 
+class IndexArgs(ctypes.Structure):
+    """Index of csrc/index.cpp."""
+
+    _fields_ = (
+        ("q", PTR),
+        ("act", I64),
+        ("head_weights", PTR),
+        ("cos", PTR),
+        ("sin", PTR),
+        ("rope_dim", I64),
+        ("num_heads", I64),
+        ("keys", PTR),
+        ("per_page", I64),
+        ("row", RowArgs),
+        ("k", I64),
+        ("ids", PTR),
+        ("weight_scale", ctypes.c_double),
+    )
+
+
 class AttentionArgs(ctypes.Structure):
     """Attention of csrc/attention.cpp."""
 
     _fields_ = (
+        ("q", PTR),
+        ("act", I64),
+        ("out", PTR),
+        ("cos", PTR),
+        ("sin", PTR),
+        ("rope_dim", I64),
         ("num_heads", I64),
         ("row", RowArgs),
         ("step_rows", PTR),
@@ -70,6 +96,7 @@ class AttentionArgs(ctypes.Structure):
         ("num_ids", I64),
         ("sink", PTR),
         ("scale", ctypes.c_double),
+        ("norm_eps", ctypes.c_double),
         ("round_probs", I64),
     )
 
@@ -220,30 +247,54 @@ def _hca_compress(kernels: Kernels) -> Op:
     return hca_compress
 
 
+def _check_angles(op: str, cos: Tensor, sin: Tensor, num_tokens: int, dim: int) -> int:
+    """The width R of the rotary features."""
+    check(op, "cos", cos, (num_tokens, None), torch.float32)
+    check(op, "sin", sin, tuple(cos.shape), torch.float32)
+    rope_dim = 2 * cos.shape[1]
+    if rope_dim > dim:
+        raise ValueError(f"{op}: {rope_dim} rotary features of {dim}")
+    return rope_dim
+
+
 def _index_topk(kernels: Kernels) -> Op:
-    kernel = kernels.bind("index_topk", PTR, PTR, I64, PTR, I64, PTR, I64, I64, I64, I64, PTR)
+    kernel = kernels.bind("index_topk", PTR, PTR)
 
     def index_topk(
-        q: Tensor, head_weights: Tensor, batch: Batch, keys: Tensor, fmt: RowFormat, *, k: int
+        q: Tensor,
+        head_weights: Tensor,
+        batch: Batch,
+        keys: Tensor,
+        fmt: RowFormat,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        k: int,
+        weight_scale: float,
     ) -> Tensor:
         step = _step_args("index_topk", batch)
         check("index_topk", "q", q, (batch.num_tokens, None, fmt.dim), *ACT_DTYPES)
         check("index_topk", "head_weights", head_weights, tuple(q.shape[:2]), torch.float32)
         check("index_topk", "keys", keys, (None, None, fmt.bytes), torch.uint8)
+        rope_dim = _check_angles("index_topk", cos, sin, batch.num_tokens, fmt.dim)
         if k < 1:
             raise ValueError(f"index_topk: k must be at least 1, not {k}")
+        if fmt.kind == "fp4" and fmt.dim.bit_count() != 1:
+            raise ValueError(f"index_topk: a Hadamard transform needs a power of two, not {fmt.dim} features")
         ids = torch.empty(batch.num_tokens, k, dtype=torch.int32)
-        kernel(
-            ctypes.byref(step), q.data_ptr(), dtype_code(q.dtype), head_weights.data_ptr(), q.shape[1],
-            keys.data_ptr(), keys.shape[1], ROW_KINDS[fmt.kind], fmt.dim, k, ids.data_ptr(),
+        args = IndexArgs(
+            q.data_ptr(), dtype_code(q.dtype), head_weights.data_ptr(),
+            cos.data_ptr(), sin.data_ptr(), rope_dim, q.shape[1],
+            keys.data_ptr(), keys.shape[1], _row_args(fmt), k, ids.data_ptr(), weight_scale,
         )  # fmt: skip
+        kernel(ctypes.byref(step), ctypes.byref(args))
         return ids
 
     return index_topk
 
 
 def _attention(kernels: Kernels) -> Op:
-    kernel = kernels.bind("attention", PTR, PTR, PTR, I64, PTR)
+    kernel = kernels.bind("attention", PTR, PTR)
 
     def attention(
         q: Tensor,
@@ -252,9 +303,12 @@ def _attention(kernels: Kernels) -> Op:
         cache: LayerCache,
         ids: Tensor | None,
         sink: Tensor,
+        cos: Tensor,
+        sin: Tensor,
         *,
         window: int,
         scale: float,
+        norm_eps: float,
         round_probs: bool,
     ) -> Tensor:
         fmt, rows = cache.row_format, cache.rows
@@ -263,21 +317,23 @@ def _attention(kernels: Kernels) -> Op:
         check("attention", "step_rows", step_rows, (batch.num_tokens, fmt.bytes), torch.uint8)
         check("attention", "window", cache.window, (None, None, fmt.bytes), torch.uint8)
         check("attention", "sink", sink, (q.shape[1],), torch.float32)
+        rope_dim = _check_angles("attention", cos, sin, batch.num_tokens, fmt.dim)
         if rows is not None:
             check("attention", "rows", rows, (None, None, fmt.bytes), torch.uint8)
         if ids is not None:
             check("attention", "ids", ids, (batch.num_tokens, None), torch.int32)
         if not 1 <= window <= cache.window.shape[1]:
             raise ValueError(f"attention: a window of {window} rows in a ring of {cache.window.shape[1]}")
+        out = torch.empty_like(q)
         args = AttentionArgs(
-            q.shape[1], _row_args(fmt),
+            q.data_ptr(), dtype_code(q.dtype), out.data_ptr(),
+            cos.data_ptr(), sin.data_ptr(), rope_dim, q.shape[1], _row_args(fmt),
             step_rows.data_ptr(), cache.window.data_ptr(), cache.window.shape[1], window,
             pointer(rows), 1 if rows is None else rows.shape[1],
             pointer(ids), 0 if ids is None else ids.shape[1],
-            sink.data_ptr(), scale, int(round_probs),
+            sink.data_ptr(), scale, norm_eps, int(round_probs),
         )  # fmt: skip
-        out = torch.empty_like(q)
-        kernel(ctypes.byref(step), ctypes.byref(args), q.data_ptr(), dtype_code(q.dtype), out.data_ptr())
+        kernel(ctypes.byref(step), ctypes.byref(args))
         return out
 
     return attention

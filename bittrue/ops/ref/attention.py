@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from bittrue.ops.contracts import HCA_RATIO, Batch, LayerCache
-from bittrue.ops.ref.norm import row_sum
+from bittrue.ops.ref.norm import rms_norm, row_sum
 from bittrue.ops.ref.pages import entry_rows
 from bittrue.ops.ref.quant import unpack_rows
+from bittrue.ops.ref.rope import rope
 
 
 def attention(
@@ -16,17 +17,22 @@ def attention(
     cache: LayerCache,
     ids: Tensor | None,
     sink: Tensor,
+    cos: Tensor,
+    sin: Tensor,
     *,
     window: int,
     scale: float,
+    norm_eps: float,
     round_probs: bool,
 ) -> Tensor:
+    q = rope(rms_norm(q, None, norm_eps), cos, sin, False)
     out = torch.empty_like(q)
     for t in range(q.shape[0]):
         stored = torch.cat((_window_rows(t, step_rows, batch, cache, window), _entries(t, batch, cache, ids)))
         rows = unpack_rows(stored, cache.row_format)
         out[t] = _attend(q[t].float(), rows, sink, scale, round_probs).to(q.dtype)
-    return out
+    # Keys are values, so the output carries the rotation of the rows it read.
+    return rope(out, cos, sin, True)
 
 
 def _window_rows(t: int, step_rows: Tensor, batch: Batch, cache: LayerCache, window: int) -> Tensor:

@@ -16,11 +16,15 @@ constexpr int64_t LOGIT_ROWS = 6, LOGIT_VECTORS = 4, VALUE_HEADS = 4, VALUE_VECT
 constexpr int64_t LOGIT_ROWS = 6, LOGIT_VECTORS = 1, VALUE_HEADS = 2, VALUE_VECTORS = 2;
 #endif
 
-thread_local Scratch list_scratch, rows_scratch, query_scratch, probs_scratch, out_scratch;
+thread_local Scratch turned_scratch, list_scratch, rows_scratch, query_scratch, probs_scratch, out_scratch;
 
 // Laid out as AttentionArgs in ops/cpu/cache.py.
 struct Attention {
-    int64_t num_heads;
+    const void* q;
+    int64_t act;  // dtype code of q and out
+    void* out;
+    const float *cos, *sin;
+    int64_t rope_dim, num_heads;
     RowSpec row;
     const uint8_t *step_rows, *window_rows;
     int64_t ring, window;
@@ -29,7 +33,7 @@ struct Attention {
     const int32_t* ids;
     int64_t num_ids;
     const float* sink;
-    double scale;
+    double scale, norm_eps;
     int64_t round_probs;
 };
 
@@ -175,8 +179,13 @@ void attend(const Step& step, const Attention& a, const T* q, int64_t t, int64_t
     float* query = query_scratch.get<float>(c * heads);
     std::memset(query, 0, size_t(c * heads) * 4);
     const T* own = q + (t * a.num_heads + h0) * c;
-    for (int64_t h = 0; h < real; ++h)
-        for (int64_t d = 0; d < c; ++d) query[d * heads + h] = to_float(own[h * c + d]);
+    const float *cos = a.cos + t * a.rope_dim / 2, *sin = a.sin + t * a.rope_dim / 2;
+    T* turned = turned_scratch.get<T>(c);
+    for (int64_t h = 0; h < real; ++h) {
+        rms_norm_row<T, float>(own + h * c, nullptr, turned, c, float(a.norm_eps));
+        rope_row(turned, turned, c, a.rope_dim, cos, sin, false);
+        for (int64_t d = 0; d < c; ++d) query[d * heads + h] = to_float(turned[d]);
+    }
     float* probs = probs_scratch.get<float>(n * heads + 2 * heads);
     float *totals = probs + n * heads, *sink = totals + heads;
     for (int64_t h = 0; h < heads; ++h) sink[h] = h < real ? a.sink[h0 + h] : 0.0f;
@@ -196,6 +205,8 @@ void attend(const Step& step, const Attention& a, const T* q, int64_t t, int64_t
     for (int64_t h = 0; h < real; ++h)
         for (int64_t d = 0; d < c; d += 16)
             store_n(result + h * c + d, div(load(sums + h * width + d), set1(totals[h])), c - d);
+    // Keys are values, so the output carries the rotation of the rows it read: undone at the query's position.
+    for (int64_t h = 0; h < real; ++h) rope_row(result + h * c, result + h * c, c, a.rope_dim, cos, sin, true);
 }
 
 template <class T> void attend_all(const Step& step, const Attention& a, const T* q, T* out) {
@@ -211,9 +222,9 @@ template <class T> void attend_all(const Step& step, const Attention& a, const T
 
 }  // namespace
 
-// q, out [T, N, c] of `dtype`.
-BITTRUE_EXPORT(attention)(const Step* step, const Attention* a, const void* q, int64_t dtype, void* out) {
-    if (dtype == 0) attend_all(*step, *a, static_cast<const float*>(q), static_cast<float*>(out));
-    else attend_all(*step, *a, static_cast<const bf16*>(q), static_cast<bf16*>(out));
+// q, out [T, N, c]; cos, sin [T, rope_dim / 2].
+BITTRUE_EXPORT(attention)(const Step* step, const Attention* a) {
+    if (a->act == 0) attend_all(*step, *a, static_cast<const float*>(a->q), static_cast<float*>(a->out));
+    else attend_all(*step, *a, static_cast<const bf16*>(a->q), static_cast<bf16*>(a->out));
 }
 BITTRUE_REPLAYABLE(attention)

@@ -1,216 +1,498 @@
-// The indexer: scores of all visible keys, 16 keys to a vector, and the exact choice of the best k.
+// The indexer: scores of all visible keys, 16 keys to a vector, and the exact choice of the best k as they are found.
+//
+// score = sum over heads, ascending, as one fma chain of head weight * relu(dot). Queries and keys in FP4: a dot product is
+// the f32 sum, ascending, over groups of 32 features of exact group sums; elsewhere one chain as in dots.h.
+// FP4 values are small integers times powers of two. Where the powers of the groups are near each other (and of no extreme
+// size) the sum over the groups is exact too, and one integer dot product gives its bits; elsewhere it is found in f32.
+#include "dots.h"
 #include "step.h"
 
 namespace {
 
 constexpr int64_t CSA_RATIO = 4;
-constexpr int64_t KEY_BLOCK = 32;          // keys decoded and transposed at a time
-constexpr int64_t KEY_CHUNK = 1024;        // keys of one unit of work
-constexpr int64_t TOKEN_GROUP = 8;         // tokens of one sequence that share decoded keys
-constexpr int64_t SCORE_BUDGET = 8 << 20;  // scores held at a time, unless one token has more
-#if BITTRUE_ISA_CODE == 2
-constexpr int64_t HEAD_TILE = 8, KEY_VECTORS = 2;
-#else
-constexpr int64_t HEAD_TILE = 4, KEY_VECTORS = 1;
-#endif
+constexpr int64_t TILE_TOKENS = 16;   // tokens of one sequence that share a block of keys
+constexpr int64_t PASS_TOKENS = 128;  // tokens whose queries are held at a time
+constexpr int64_t LEAST_PART = 1024;  // keys of one token worth a unit of work of their own
+constexpr int64_t MOST_SHIFT = 2;     // groups of one vector may differ by this power of two
+constexpr int32_t BYTE_BIAS = 12 << MOST_SHIFT;
+// Integers: twice an E2M1 value. Exponents and weights that keep every product and sum of the integer path a normal number.
+constexpr int32_t LEAST_EXPONENT = 97, MOST_EXPONENT = 157;
+constexpr float LEAST_WEIGHT = 0x1p-40f, MOST_WEIGHT = 0x1p40f;
+alignas(64) constexpr int8_t FP4_TWICE[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+alignas(64) constexpr uint8_t FP4_LEAST_BIAS[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
-thread_local Scratch scores_scratch, queries_scratch, groups_scratch;  // of the calling thread, for one pass
-thread_local Scratch keys_scratch;
+thread_local Scratch query_scratch, found_scratch;  // of the calling thread, for one pass
+thread_local Scratch tile_scratch, words_scratch, work_scratch, choose_scratch;
 
+// Laid out as IndexArgs in ops/cpu/cache.py.
 struct Index {
-    const Step* step;
-    Pages pages;
+    const void* q;
+    int64_t act;  // dtype code of q
+    const float *head_weights, *cos, *sin;
+    int64_t rope_dim, num_heads;
+    uint8_t* keys;
+    int64_t per_page;
     RowSpec row;
-    int64_t num_heads, k;
-    const float* head_weights;
+    int64_t k;
+    int32_t* ids;
+    double weight_scale;
 
-    BT int64_t visible(int64_t t) const { return (step->positions[t] + 1) / CSA_RATIO; }
+    BT int64_t visible(const Step& step, int64_t t) const { return (step.positions[t] + 1) / CSA_RATIO; }
+    BT bool is_fp4() const { return row.kind == ROW_FP4; }
 };
 
-// A group of tokens of one sequence, with the first of its units of work in the pass.
-struct Group {
-    int64_t first, count, seq, most, unit;  // most: entries visible to its last token
+// The queries of one pass: per token `heads` queries of `room` words, their weights and, in FP4, what the integers need.
+struct Queries {
+    int64_t heads, room;
+    int32_t* words;   // FP4: twice the E2M1 values in bytes, in the order of the features
+    int32_t* bytes;   // FP4: the same, shifted to one power of two a head and in the order of key_columns
+    int32_t* start;   // FP4: what undoes the keys' bias
+    uint8_t* scales;  // FP4: [heads, groups]
+    float* weights;   // of the chain: times the power of two of the head's integers
+    float* plain;     // the weights themselves
+    uint8_t* integer; // [tokens]: the integers do for this token
 };
 
-void transpose16(const float* rows, int64_t stride, float* out, int64_t out_stride) {
-    f32x16 a[16];
-    for (int64_t i = 0; i < 16; ++i) a[i] = load(rows + i * stride);
-#define STAGE(S)                                                           \
-    for (int i = 0; i < 16; ++i)                                           \
-        if (!(i & S)) {                                                    \
-            f32x16 x = a[i], y = a[i + S];                                 \
-            a[i] = blend_lanes<S>(x, xor_lanes<S>(y));                     \
-            a[i + S] = blend_lanes<S>(xor_lanes<S>(x), y);                 \
-        }
-    STAGE(1) STAGE(2) STAGE(4) STAGE(8)
-#undef STAGE
-    for (int64_t i = 0; i < 16; ++i) store(out + i * out_stride, a[i]);
-}
+struct Tile {
+    int64_t first, count, seq, most;  // tokens first..first+count of sequence seq; entries visible to the last
+};
 
-// Keys first..first+n of sequence s as columns: out [ci padded, KEY_BLOCK]; the columns after n are 0.
-void load_keys(const Index& x, int64_t s, int64_t first, int64_t n, float* rows, float* out) {
-    const int64_t width = pad16(x.row.dim);
-    for (int64_t j = 0; j < KEY_BLOCK; ++j) {
-        float* row = rows + j * width;
-        if (j < n) unpack_row(x.pages.entry(*x.step, s, first + j), row, x.row);
-        for (int64_t i = j < n ? x.row.dim : 0; i < width; ++i) row[i] = 0.0f;
-    }
-    for (int64_t j = 0; j < KEY_BLOCK; j += 16)
-        for (int64_t i = 0; i < width; i += 16) transpose16(rows + j * width + i, width, out + i * KEY_BLOCK + j, KEY_BLOCK);
-}
+// The best of the scores met so far, ascending by id; scores are integers that order like the floats.
+struct Found {
+    int32_t *scores, *ids;
+    int64_t count, threshold_set;
+    int32_t threshold;  // the k-th best: only what is larger matters, because later ids lose a tie
+};
 
-// Adds the terms of HEADS heads, in ascending order, to the scores of V * 16 keys. The dot product is a chain over each
-// group of 32 features, the groups added in ascending order: between FP4 values a group's sum is exact.
-template <int64_t HEADS, int64_t V>
-BT void score_heads(const float* q, const float* weights, const float* keys, int64_t dim, f32x16* scores) {
-    f32x16 dots[HEADS * V];
-    for (int64_t i = 0; i < HEADS * V; ++i) dots[i] = zero();
-    for (int64_t g = 0; g < dim; g += FP4_GROUP) {
-        const int64_t end = g + FP4_GROUP < dim ? g + FP4_GROUP : dim;
-        f32x16 sums[HEADS * V];
-        for (int64_t i = 0; i < HEADS * V; ++i) sums[i] = zero();
-        for (int64_t d = g; d < end; ++d) {
-            f32x16 key[V];
-            for (int64_t v = 0; v < V; ++v) key[v] = load(keys + d * KEY_BLOCK + 16 * v);
-            for (int64_t h = 0; h < HEADS; ++h)
-                for (int64_t v = 0; v < V; ++v) sums[h * V + v] = fma(set1(q[h * dim + d]), key[v], sums[h * V + v]);
-        }
-        for (int64_t i = 0; i < HEADS * V; ++i) dots[i] = add(dots[i], sums[i]);
-    }
-    for (int64_t h = 0; h < HEADS; ++h)
-        for (int64_t v = 0; v < V; ++v)
-            scores[v] = add(scores[v], mul(set1(weights[h]), max(dots[h * V + v], zero())));
-}
+BT int64_t found_room(int64_t k) { return 2 * k + 8 * BLOCK_ROWS; }
 
-// Scores of one token for a block of keys, as integers that order like the floats.
-void score_block(const Index& x, int64_t t, const float* q, const float* keys, int64_t n, uint32_t* out) {
-    const int64_t dim = x.row.dim;
-    const float* weights = x.head_weights + t * x.num_heads;
-    for (int64_t j = 0; j < n; j += 16 * KEY_VECTORS) {
-        f32x16 scores[KEY_VECTORS];
-        for (int64_t v = 0; v < KEY_VECTORS; ++v) scores[v] = zero();
-        int64_t h = 0;
-        for (; h + HEAD_TILE <= x.num_heads; h += HEAD_TILE)
-            score_heads<HEAD_TILE, KEY_VECTORS>(q + h * dim, weights + h, keys + j, dim, scores);
-        for (; h < x.num_heads; ++h) score_heads<1, KEY_VECTORS>(q + h * dim, weights + h, keys + j, dim, scores);
-        float values[16 * KEY_VECTORS];
-        for (int64_t v = 0; v < KEY_VECTORS; ++v) store(values + 16 * v, scores[v]);
-        for (int64_t i = 0; i < 16 * KEY_VECTORS && j + i < n; ++i) {
-            uint32_t u = bits_of(values[i] + 0.0f);  // -0 becomes +0
-            out[j + i] = u >> 31 ? ~u : u | 0x80000000u;
-        }
-    }
-}
+// ---- the choice
 
-// One unit: KEY_CHUNK keys for the tokens of one group.
-void score_chunk(const Index& x, const Group& g, int64_t from, const float* queries, uint32_t* const* scores) {
-    const int64_t dim = x.row.dim, width = pad16(dim);
-    float* rows = keys_scratch.get<float>(2 * KEY_BLOCK * width);
-    float* keys = rows + KEY_BLOCK * width;
-    const int64_t end = from + KEY_CHUNK < g.most ? from + KEY_CHUNK : g.most;
-    for (int64_t first = from; first < end; first += KEY_BLOCK) {
-        const int64_t n = end - first < KEY_BLOCK ? end - first : KEY_BLOCK;
-        load_keys(x, g.seq, first, n, rows, keys);
-        for (int64_t i = 0; i < g.count; ++i) {
-            const int64_t left = x.visible(g.first + i) - first;
-            if (left > 0)
-                score_block(x, g.first + i, queries + i * x.num_heads * dim, keys, left < n ? left : n, scores[i] + first);
-        }
-    }
-}
-
-// Ids of the k largest of n scores, ties to the smaller id, ascending; n > k. The k-th largest is found byte by byte.
-void choose(const uint32_t* scores, int64_t n, int64_t k, int32_t* ids) {
+// Of n scores with ascending ids keeps the k largest, ties to the smaller id, in the order they have; returns the k-th.
+int32_t keep_best(int32_t* scores, int32_t* ids, int64_t n, int64_t k) {
     uint32_t prefix = 0, mask = 0;
-    int64_t wanted = k;  // how many of the scores with this prefix are chosen
+    int64_t wanted = k;  // how many of the scores with this prefix are kept
     for (int shift = 24; shift >= 0; shift -= 8) {
-        int64_t counts[256] = {};
-        for (int64_t i = 0; i < n; ++i)
-            if ((scores[i] & mask) == prefix) ++counts[(scores[i] >> shift) & 255];
+        int32_t counts[256] = {};
+        for (int64_t i = 0; i < n; ++i) {
+            const uint32_t u = uint32_t(scores[i]) ^ 0x80000000u;
+            counts[(u >> shift) & 255] += (u & mask) == prefix;
+        }
         int64_t byte = 255;
         while (counts[byte] < wanted) wanted -= counts[byte--];
         prefix |= uint32_t(byte) << shift;
         mask |= 255u << shift;
     }
+    const int32_t kth = int32_t(prefix ^ 0x80000000u);
     for (int64_t i = 0, num = 0; num < k; ++i) {
-        if (scores[i] < prefix) continue;
-        if (scores[i] == prefix && wanted-- <= 0) continue;
-        ids[num++] = int32_t(i);
+        if (scores[i] < kth || (scores[i] == kth && wanted-- <= 0)) continue;
+        scores[num] = scores[i];
+        ids[num++] = ids[i];
+    }
+    return kth;
+}
+
+void compact(Found& found, int64_t k) {
+    if (found.count <= k) return;
+    found.threshold = keep_best(found.scores, found.ids, found.count, k);
+    found.threshold_set = 1;
+    found.count = k;
+}
+
+// Sixteen scores of keys id..id+15, of which the first n are visible.
+BT void offer(Found& found, f32x16 scores, int64_t id, int64_t n) {
+    const i32x16 bits = as_int(add(scores, zero()));  // -0 becomes +0
+    const i32x16 flip = bit_and(shift_right_signed<31>(bits), set1(int32_t(0x7fffffff)));
+    const i32x16 order = sub(bit_or(bits, flip), bit_and(bits, flip));  // exclusive or
+    uint32_t better = n >= 16 ? 0xffffu : (1u << n) - 1u;
+    if (found.threshold_set) better &= greater_bits(order, set1(found.threshold));
+    if (better == 0) return;
+    int32_t lanes[16];
+    store(lanes, order);
+    for (; better != 0; better &= better - 1) {
+        const int64_t i = __builtin_ctz(better);
+        found.scores[found.count] = lanes[i];
+        found.ids[found.count++] = int32_t(id + i);
     }
 }
 
-// Tokens first..end whose scores fit the budget, at least one; the number of their scores in *num.
-int64_t pass_end(const Index& x, int64_t first, int64_t* num) {
-    int64_t t = first;
-    for (*num = 0; t < x.step->num_tokens; ++t) {
-        const int64_t own = x.visible(t) > x.k ? x.visible(t) : 0;
-        if (t > first && *num + own > SCORE_BUDGET) break;
-        *num += own;
+// ---- queries
+
+// One head's query in FP4, its integers and scales; false when its groups need different powers of two.
+template <class T> bool fp4_query(const T* x, int64_t n, int8_t* twice, int8_t* bytes, int32_t* start, uint8_t* scales,
+                                  int32_t* exponent) {
+    int32_t least = 1 << 20, most = -1;
+    for (int64_t g = 0; g < n; g += FP4_GROUP) {
+        const int64_t end = g + FP4_GROUP < n ? g + FP4_GROUP : n;
+        const float scale = fp4_scale(group_amax(x + g, end - g));
+        const f32x16 inverse = set1(inverse_pow2(scale));
+        bool is_zero = true;
+        for (int64_t i = g; i < end; i += 16) {
+            float values[16];
+            store(values, fp4_round(mul(load_n(x + i, end - i < 16 ? end - i : 16), inverse)));
+            for (int64_t j = 0; j < 16 && i + j < end; ++j) {
+                twice[i + j] = int8_t(2.0f * values[j]);
+                is_zero = is_zero && values[j] == 0.0f;
+            }
+        }
+        const int32_t byte = scale_byte(scale);
+        scales[g / FP4_GROUP] = uint8_t(byte);
+        if (is_zero) continue;  // zeros have every power of two
+        least = byte < least ? byte : least;
+        most = byte > most ? byte : most;
     }
-    return t;
+    if (most < 0) least = most = 127;
+    *exponent = least;
+    if (n % FP4_GROUP != 0 || most - least > MOST_SHIFT || least < LEAST_EXPONENT || most > MOST_EXPONENT) return false;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t by = scales[i / FP4_GROUP] - least;
+        const int32_t value = twice[i] == 0 ? 0 : int32_t(twice[i]) * (1 << by);
+        // Word 2 w of a key holds its features 8 w + 0, 2, 4, 6, word 2 w + 1 the odd ones.
+        bytes[i / 8 * 8 + i % 2 * 4 + i % 8 / 2] = int8_t(value);
+        sum += value;
+    }
+    *start = -BYTE_BIAS * sum;
+    return true;
 }
 
-// Groups of tokens first..end; returns the number of groups, the number of units in *units.
-int64_t make_groups(const Index& x, int64_t first, int64_t end, Group* groups, int64_t* units) {
+template <Words W, class T> void prepare(const Step&, const Index& x, const Queries& to, int64_t t, int64_t at) {
+    const int64_t n = x.row.dim, half = x.rope_dim / 2;
+    T* row = reinterpret_cast<T*>(work_scratch.get<float>(2 * pad16(n)));
+    float* work = reinterpret_cast<float*>(row) + pad16(n);
+    bool integer = x.is_fp4();
+    for (int64_t h = 0; h < to.heads; ++h) {
+        const int64_t i = at * to.heads + h;
+        rope_row(static_cast<const T*>(x.q) + (t * to.heads + h) * n, row, n, x.rope_dim, x.cos + t * half, x.sin + t * half, false);
+        const float weight = x.head_weights[t * to.heads + h] * float(x.weight_scale);
+        to.plain[i] = to.weights[i] = weight;
+        int32_t* words = to.words + i * to.room;
+        if (!x.is_fp4()) {
+            query_words<W>(row, n, words, to.room);
+            continue;
+        }
+        hadamard_row(row, row, n, work);
+        int32_t exponent;
+        integer = fp4_query(row, n, reinterpret_cast<int8_t*>(words), reinterpret_cast<int8_t*>(to.bytes + i * to.room),
+                            to.start + i, to.scales + i * x.row.num_scales(), &exponent) && integer;
+        const float size = weight < 0.0f ? -weight : weight;
+        integer = integer && (size == 0.0f || (size >= LEAST_WEIGHT && size <= MOST_WEIGHT));
+        if (integer) to.weights[i] = weight * float_of(uint32_t(exponent - 1) << 23);  // the integers are doubled
+    }
+    to.integer[at] = integer;
+}
+
+// ---- keys
+
+// The stored rows of 16 keys of sequence s; those after `most` are its last.
+BT void key_rows(const Step& step, const Pages& pages, int64_t s, int64_t first, int64_t most, const uint8_t** rows) {
+    for (int64_t j = 0; j < 16; ++j) rows[j] = pages.entry(step, s, first + j < most ? first + j : most - 1);
+}
+
+// FP4 keys as bytes with BYTE_BIAS, 16 a vector: out [dim / 4, BLOCK_ROWS]; scales [16] their powers of two. False when a
+// key's groups need different ones.
+bool key_bytes(const uint8_t* const* rows, const RowSpec& row, int32_t* out, float* scales) {
+    const int64_t groups = row.num_scales(), code_bytes = row.dim / 2;
+    int32_t shifts[16][16], least[16], most[16];
+    for (int64_t j = 0; j < 16; ++j) least[j] = 1 << 20, most[j] = -1;
+    for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t j = 0; j < 16; ++j) shifts[g][j] = rows[j][code_bytes + g];
+        for (int64_t j = 0; j < 16; ++j) {
+            if (shifts[g][j] <= 1) {  // the least scale is that of a group of zeros, which has every power of two
+                bool is_zero = true;
+                for (int64_t i = 0; i < FP4_GROUP / 2; ++i) is_zero = is_zero && (rows[j][g * FP4_GROUP / 2 + i] & 0x77) == 0;
+                if (is_zero) {
+                    shifts[g][j] = -1;
+                    continue;
+                }
+            }
+            least[j] = shifts[g][j] < least[j] ? shifts[g][j] : least[j];
+            most[j] = shifts[g][j] > most[j] ? shifts[g][j] : most[j];
+        }
+    }
+    bool ok = true;
+    for (int64_t j = 0; j < 16; ++j) {
+        if (most[j] < 0) least[j] = most[j] = 127;
+        ok = ok && most[j] - least[j] <= MOST_SHIFT && least[j] >= LEAST_EXPONENT && most[j] <= MOST_EXPONENT;
+        scales[j] = float_of(uint32_t(least[j] - 1) << 23);
+    }
+    if (!ok) return false;
+    const i32x16 nibbles = set1(int32_t(0x0f0f0f0f));
+    for (int64_t w = 0; w < code_bytes / 4; w += 16) {
+        const int64_t n = code_bytes / 4 - w < 16 ? code_bytes / 4 - w : 16;
+        i32x16 codes[16];
+        for (int64_t j = 0; j < 16; ++j) {
+            const int32_t* from = reinterpret_cast<const int32_t*>(rows[j] + 4 * w);
+            codes[j] = n == 16 ? load(from) : load_n(from, n);
+        }
+        transpose16(codes);
+        for (int64_t i = 0; i < n; ++i) {
+            int32_t* own = shifts[(w + i) * 8 / FP4_GROUP];
+            if (i % (FP4_GROUP / 8) == 0)
+                for (int64_t j = 0; j < 16; ++j) own[j] = own[j] < 0 ? 0 : own[j] - least[j];
+            const i32x16 by = load(own);
+            const i32x16 rest = sub(set1(int32_t(BYTE_BIAS * 0x01010101)), shift_left(set1(int32_t(12 * 0x01010101)), by));
+            const i32x16 even = lookup_bytes(FP4_LEAST_BIAS, bit_and(codes[i], nibbles));
+            const i32x16 odd = lookup_bytes(FP4_LEAST_BIAS, bit_and(shift_right<4>(codes[i]), nibbles));
+            store(out + 2 * (w + i) * BLOCK_ROWS, add(shift_left(even, by), rest));
+            store(out + (2 * (w + i) + 1) * BLOCK_ROWS, add(shift_left(odd, by), rest));
+        }
+    }
+    return true;
+}
+
+// Keys as the words of a query_words<W> query, transposed: out [words, BLOCK_ROWS].
+template <Words W> void key_words(const uint8_t* const* rows, const RowSpec& row, int64_t words, int32_t* out) {
+    constexpr bool stored_words = W != Words::F32;
+    int32_t* natural = words_scratch.get<int32_t>(16 * words);
+    const int32_t* own[16];
+    for (int64_t j = 0; j < 16; ++j) {
+        own[j] = natural + j * words;
+        std::memset(natural + j * words, 0, size_t(words) * 4);
+        if constexpr (stored_words) {
+            std::memcpy(natural + j * words, rows[j], size_t(row.dim) * 2);
+            for (int64_t w = 0; w < words; w += 16) store(natural + j * words + w, flush_pairs(load(natural + j * words + w)));
+        } else {
+            unpack_row(rows[j], reinterpret_cast<float*>(natural + j * words), row);
+        }
+    }
+    transpose_rows(own, words, out, BLOCK_ROWS);
+}
+
+// ---- scores
+
+// One block of up to BLOCK_ROWS keys of one sequence.
+struct Block {
+    int32_t* columns;  // FP4: bytes; else words
+    int32_t* wide;     // FP4: f32 words, filled when a token or key needs them
+    float* scales;     // FP4: [BLOCK_ROWS]
+    bool integer, has_wide;
+    int64_t first, count;
+};
+
+template <bool FAST, int64_t V, int64_t H>
+BT void integer_heads(const int32_t* columns, const int32_t* bytes, int64_t room, int64_t words, const int32_t* start,
+                      const float* weights, f32x16* scores) {
+    i32x16 sums[H * V];
+    for (int64_t h = 0; h < H; ++h)
+        for (int64_t v = 0; v < V; ++v) sums[h * V + v] = set1(start[h]);
+    for (int64_t w = 0; w < words; ++w) {
+        i32x16 x[V];
+        for (int64_t v = 0; v < V; ++v) x[v] = load(columns + w * BLOCK_ROWS + 16 * v);
+        for (int64_t h = 0; h < H; ++h) {
+            const i32x16 y = set1(bytes[h * room + w]);
+            for (int64_t v = 0; v < V; ++v) sums[h * V + v] = dot_bytes<FAST>(sums[h * V + v], x[v], y);
+        }
+    }
+    for (int64_t h = 0; h < H; ++h)
+        for (int64_t v = 0; v < V; ++v)
+            scores[v] = fma(set1(weights[h]), convert(max(sums[h * V + v], set1(int32_t(0)))), scores[v]);
+}
+
+template <bool FAST>
+void score_integers(const Index& x, const Queries& q, int64_t at, const Block& block, int64_t n, Found& found) {
+    const int64_t words = x.row.dim / 4;
+    for (int64_t j = 0; j < n; j += 16 * ROW_VECTORS) {
+        f32x16 scores[ROW_VECTORS];
+        for (int64_t v = 0; v < ROW_VECTORS; ++v) scores[v] = zero();
+        int64_t h = 0, i = at * q.heads;
+        for (; h + TILE_QUERIES <= q.heads; h += TILE_QUERIES, i += TILE_QUERIES)
+            integer_heads<FAST, ROW_VECTORS, TILE_QUERIES>(block.columns + j, q.bytes + i * q.room, q.room, words, q.start + i,
+                                                           q.weights + i, scores);
+        for (; h < q.heads; ++h, ++i)
+            integer_heads<FAST, ROW_VECTORS, 1>(block.columns + j, q.bytes + i * q.room, q.room, words, q.start + i, q.weights + i,
+                                                scores);
+        for (int64_t v = 0; v < ROW_VECTORS && j + 16 * v < n; ++v)
+            offer(found, mul(scores[v], load(block.scales + j + 16 * v)), block.first + j + 16 * v, n - j - 16 * v);
+    }
+}
+
+// The dot products of Q queries, each the ascending sum of chains over `group` pairs of features.
+template <Words W, int64_t V, int64_t Q>
+BT void word_heads(const int32_t* columns, const int32_t* queries, int64_t room, int64_t pairs, int64_t group,
+                   const float* weights, f32x16* scores) {
+    constexpr int64_t words = W == Words::F32 ? 2 : 1;  // of a pair
+    f32x16 dots[Q * V];
+    for (int64_t i = 0; i < Q * V; ++i) dots[i] = zero();
+    for (int64_t d = 0; d < pairs; d += group) {
+        f32x16 sums[Q * V];
+        for (int64_t i = 0; i < Q * V; ++i) sums[i] = zero();
+        const int64_t num = pairs - d < group ? pairs - d : group;
+        const int64_t query_words_each = W == Words::PAIRS ? 1 : 2;
+        dot_tile<W, V, Q>(columns + d * words * BLOCK_ROWS, BLOCK_ROWS, queries + d * query_words_each, room, num, sums);
+        for (int64_t i = 0; i < Q * V; ++i) dots[i] = d == 0 ? sums[i] : add(dots[i], sums[i]);
+    }
+    for (int64_t q = 0; q < Q; ++q)
+        for (int64_t v = 0; v < V; ++v) scores[v] = fma(set1(weights[q]), max(dots[q * V + v], zero()), scores[v]);
+}
+
+template <Words W>
+void score_words(const int32_t* columns, const int32_t* queries, int64_t room, int64_t heads, int64_t pairs, int64_t group,
+                 const float* weights, int64_t first, int64_t n, Found& found) {
+    for (int64_t j = 0; j < n; j += 16 * ROW_VECTORS) {
+        f32x16 scores[ROW_VECTORS];
+        for (int64_t v = 0; v < ROW_VECTORS; ++v) scores[v] = zero();
+        int64_t h = 0;
+        for (; h + TILE_QUERIES <= heads; h += TILE_QUERIES)
+            word_heads<W, ROW_VECTORS, TILE_QUERIES>(columns + j, queries + h * room, room, pairs, group, weights + h, scores);
+        for (; h < heads; ++h)
+            word_heads<W, ROW_VECTORS, 1>(columns + j, queries + h * room, room, pairs, group, weights + h, scores);
+        for (int64_t v = 0; v < ROW_VECTORS && j + 16 * v < n; ++v) offer(found, scores[v], first + j + 16 * v, n - j - 16 * v);
+    }
+}
+
+// FP4 in f32: for queries or keys that the integers do not hold.
+void score_wide(const Step& step, const Index& x, const Queries& q, int64_t at, int64_t seq, int64_t most, Block& block,
+                int64_t n, Found& found) {
+    const int64_t dim = x.row.dim, room = pad16(dim), groups = x.row.num_scales();
+    const Pages pages{x.keys, x.per_page, x.row.bytes()};
+    if (!block.has_wide)
+        for (int64_t j = 0; j < BLOCK_ROWS; j += 16) {
+            const uint8_t* rows[16];
+            key_rows(step, pages, seq, block.first + j, most, rows);
+            key_words<Words::F32>(rows, x.row, room, block.wide + j);
+        }
+    block.has_wide = true;
+    float* queries = work_scratch.get<float>(q.heads * room);
+    std::memset(queries, 0, size_t(q.heads * room) * 4);
+    for (int64_t h = 0; h < q.heads; ++h) {
+        const int8_t* twice = reinterpret_cast<const int8_t*>(q.words + (at * q.heads + h) * q.room);
+        const uint8_t* scales = q.scales + (at * q.heads + h) * groups;
+        for (int64_t i = 0; i < dim; ++i) queries[h * room + i] = 0.5f * float(twice[i]) * scale_value(scales[i / FP4_GROUP]);
+    }
+    score_words<Words::F32>(block.wide, reinterpret_cast<const int32_t*>(queries), room, q.heads, (dim + 1) / 2, FP4_GROUP / 2,
+                            q.plain + at * q.heads, block.first, n, found);
+}
+
+// Keys from..to of a tile's sequence, offered to each of its tokens that can see them.
+template <Words W>
+void score_part(const Step& step, const Index& x, const Queries& q, const Tile& tile, int64_t at, int64_t from, int64_t to,
+                Found* found) {
+    const Pages pages{x.keys, x.per_page, x.row.bytes()};
+    const int64_t dim = x.row.dim, pairs = (dim + 1) / 2;
+    const int64_t words = x.is_fp4() ? pad16(dim / 4) : pad16(W == Words::F32 ? 2 * pairs : pairs);
+    const int64_t wide = x.is_fp4() ? pad16(dim) : 0;
+    int32_t* memory = tile_scratch.get<int32_t>((words + wide + 1) * BLOCK_ROWS);
+    Block block{memory, memory + words * BLOCK_ROWS, reinterpret_cast<float*>(memory + (words + wide) * BLOCK_ROWS),
+                true, false, 0, 0};
+    for (int64_t first = from; first < to; first += BLOCK_ROWS) {
+        block.first = first, block.count = to - first < BLOCK_ROWS ? to - first : BLOCK_ROWS;
+        block.integer = true, block.has_wide = false;
+        for (int64_t j = 0; j < BLOCK_ROWS; j += 16) {
+            const uint8_t* rows[16];
+            key_rows(step, pages, tile.seq, first + j, tile.most, rows);
+            if (!x.is_fp4()) key_words<W>(rows, x.row, words, block.columns + j);
+            else if (dim % FP4_GROUP != 0 || dim > 16 * FP4_GROUP) block.integer = false;
+            else block.integer = key_bytes(rows, x.row, block.columns + j, block.scales + j) && block.integer;
+        }
+        for (int64_t i = 0; i < tile.count; ++i) {
+            const int64_t left = x.visible(step, tile.first + i) - first, n = left < block.count ? left : block.count;
+            if (n <= 0) continue;
+            if (found[i].count + BLOCK_ROWS > found_room(x.k)) compact(found[i], x.k);
+            if (!x.is_fp4())
+                score_words<W>(block.columns, q.words + (at + i) * q.heads * q.room, q.room, q.heads, pairs, pairs,
+                               q.plain + (at + i) * q.heads, first, n, found[i]);
+            else if (!block.integer || !q.integer[at + i]) score_wide(step, x, q, at + i, tile.seq, tile.most, block, n, found[i]);
+            else if (has_dot_bytes()) score_integers<true>(x, q, at + i, block, n, found[i]);
+            else score_integers<false>(x, q, at + i, block, n, found[i]);
+        }
+    }
+    for (int64_t i = 0; i < tile.count; ++i) compact(found[i], x.k);
+}
+
+// The best k of what the parts of one token's keys found; parts go by ascending ids.
+void merge(const Found* parts, int64_t stride, int64_t num_parts, int64_t k, int32_t* ids) {
+    int64_t n = 0;
+    for (int64_t p = 0; p < num_parts; ++p) n += parts[p * stride].count;
+    int32_t *scores = choose_scratch.get<int32_t>(2 * n), *own = scores + n;
+    n = 0;
+    for (int64_t p = 0; p < num_parts; ++p) {
+        const Found& part = parts[p * stride];
+        std::memcpy(scores + n, part.scores, size_t(part.count) * 4);
+        std::memcpy(own + n, part.ids, size_t(part.count) * 4);
+        n += part.count;
+    }
+    if (n > k) keep_best(scores, own, n, k);
+    std::memcpy(ids, own, size_t(k) * 4);
+}
+
+// ---- passes
+
+// Tiles of the tokens first..end that see more than k entries; the others take all they see, unscored.
+int64_t make_tiles(const Step& step, const Index& x, int64_t first, int64_t end, Tile* tiles) {
     int64_t num = 0;
-    *units = 0;
-    for (int64_t t = first; t < end;) {
-        Group g{t, 1, x.step->seq_ids[t], 0, *units};
-        while (g.count < TOKEN_GROUP && t + g.count < end && x.step->seq_ids[t + g.count] == g.seq) ++g.count;
-        g.most = x.visible(t + g.count - 1);
-        t += g.count;
-        // Tokens that see no more than k take all they see, unscored.
-        while (g.count > 0 && x.visible(g.first) <= x.k) ++g.first, --g.count;
-        if (g.count == 0) continue;
-        *units += (g.most + KEY_CHUNK - 1) / KEY_CHUNK;
-        groups[num++] = g;
+    for (int64_t t = first; t < end; ++t) {
+        const int64_t visible = x.visible(step, t);
+        if (visible <= x.k) {
+            for (int64_t i = 0; i < x.k; ++i) x.ids[t * x.k + i] = i < visible ? int32_t(i) : -1;
+            continue;
+        }
+        const bool joins = num > 0 && tiles[num - 1].first + tiles[num - 1].count == t &&
+                           tiles[num - 1].count < TILE_TOKENS && tiles[num - 1].seq == step.seq_ids[t];
+        if (!joins) tiles[num++] = Tile{t, 0, step.seq_ids[t], 0};
+        ++tiles[num - 1].count;
+        tiles[num - 1].most = visible;
     }
     return num;
 }
 
-template <class T> void run_pass(const Index& x, const T* q, int64_t first, int64_t end, int64_t num_scores, int32_t* ids) {
-    const int64_t size = x.num_heads * x.row.dim;
-    uint32_t* scores = scores_scratch.get<uint32_t>(num_scores);
-    float* queries = queries_scratch.get<float>((end - first) * size);
-    Group* groups = groups_scratch.get<Group>((end - first) + (end - first + 1) / 2);
-    uint32_t** rows = reinterpret_cast<uint32_t**>(groups + (end - first));
-    int64_t units;
-    const int64_t num_groups = make_groups(x, first, end, groups, &units);
-    for (int64_t t = first; t < end; ++t) {
-        rows[t - first] = scores;
-        if (x.visible(t) > x.k) scores += x.visible(t);
+template <Words W, class T> void run_pass(const Step& step, const Index& x, int64_t first, int64_t end) {
+    const int64_t tokens = end - first, heads = x.num_heads, groups = x.row.num_scales();
+    Tile tiles[PASS_TOKENS];
+    const int64_t num_tiles = make_tiles(step, x, first, end, tiles);
+    if (num_tiles == 0) return;
+    const int64_t room = x.is_fp4() ? pad16((x.row.dim + 3) / 4) : pad16(W == Words::PAIRS ? (x.row.dim + 1) / 2 : x.row.dim + 1);
+    const int64_t num = tokens * heads;
+    int32_t* memory = query_scratch.get<int32_t>(num * (2 * room + 3) + (num * groups + tokens + 3) / 4 + 1);
+    Queries q{heads, room, memory, memory + num * room, memory + 2 * num * room, nullptr, nullptr, nullptr, nullptr};
+    q.weights = reinterpret_cast<float*>(q.start + num);
+    q.plain = q.weights + num;
+    q.scales = reinterpret_cast<uint8_t*>(q.plain + num);
+    q.integer = q.scales + num * groups;
+    int64_t keys = 0, most = 0, widest = 0;
+    for (int64_t i = 0; i < num_tiles; ++i) {
+        keys += tiles[i].most * tiles[i].count;
+        most = tiles[i].most > most ? tiles[i].most : most;
+        widest = tiles[i].count > widest ? tiles[i].count : widest;
     }
-    PARALLEL_FOR(i, end - first, (end - first) * size) { convert_row(q + (first + i) * size, queries + i * size, size); };
-    PARALLEL_FOR(unit, units, num_scores * size / 8) {
-        int64_t low = 0, high = num_groups;  // the last group that begins at or before the unit
-        while (high - low > 1) (groups[(low + high) / 2].unit <= unit ? low : high) = (low + high) / 2;
-        const Group& g = groups[low];
-        score_chunk(x, g, (unit - g.unit) * KEY_CHUNK, queries + (g.first - first) * size, rows + (g.first - first));
+    PARALLEL_FOR(t, tokens, num * x.row.dim * 4) {
+        if (x.visible(step, first + t) > x.k) prepare<W, T>(step, x, q, first + t, t);
     };
-    PARALLEL_FOR(row, end - first, num_scores * 8) {
-        const int64_t t = first + row, visible = x.visible(t);
-        int32_t* own = ids + t * x.k;
-        if (visible > x.k) {
-            choose(rows[row], visible, x.k, own);
-            return;
+    // Few tiles: their keys go to different threads.
+    int64_t parts = num_tiles < 4 * bittrue_threads() ? (8 * bittrue_threads() + num_tiles - 1) / num_tiles : 1;
+    if (parts > most / LEAST_PART) parts = most / LEAST_PART > 0 ? most / LEAST_PART : 1;
+    const int64_t part_keys = ((most + parts - 1) / parts + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
+    const int64_t cells = num_tiles * parts * widest, cell = 2 * found_room(x.k);
+    char* places = found_scratch.get<char>(cells * (int64_t(sizeof(Found)) + 4 * cell));
+    Found* found = reinterpret_cast<Found*>(places);
+    int32_t* values = reinterpret_cast<int32_t*>(found + cells);
+    PARALLEL_FOR(unit, num_tiles * parts, keys * heads * x.row.dim / 16) {
+        const Tile& tile = tiles[unit / parts];
+        const int64_t from = unit % parts * part_keys, to = from + part_keys < tile.most ? from + part_keys : tile.most;
+        Found* own = found + unit * widest;
+        for (int64_t i = 0; i < tile.count; ++i) {
+            int32_t* at = values + (unit * widest + i) * cell;
+            own[i] = Found{at, at + cell / 2, 0, 0, 0};
         }
-        for (int64_t i = 0; i < x.k; ++i) own[i] = i < visible ? int32_t(i) : -1;
+        score_part<W>(step, x, q, tile, tile.first - first, from, to, own);
     };
+    PARALLEL_FOR(i, num_tiles * widest, num_tiles * widest * parts * x.k * 4) {
+        const Tile& tile = tiles[i / widest];
+        const int64_t t = i % widest;
+        if (t < tile.count) merge(found + i / widest * parts * widest + t, widest, parts, x.k, x.ids + (tile.first + t) * x.k);
+    };
+}
+
+template <Words W, class T> void run(const Step& step, const Index& x) {
+    for (int64_t first = 0; first < step.num_tokens; first += PASS_TOKENS)
+        run_pass<W, T>(step, x, first, first + PASS_TOKENS < step.num_tokens ? first + PASS_TOKENS : step.num_tokens);
 }
 
 }  // namespace
 
-// q [T, Hi, ci] of `dtype`, head_weights [T, Hi] -> ids [T, k].
-BITTRUE_EXPORT(index_topk)(const Step* step, const void* q, int64_t dtype, const float* head_weights, int64_t num_heads,
-                           uint8_t* keys, int64_t per_page, int64_t kind, int64_t dim, int64_t k, int32_t* ids) {
-    const RowSpec row{kind, dim, 0};
-    const Index x{step, Pages{keys, per_page, row.bytes()}, row, num_heads, k, head_weights};
-    for (int64_t first = 0; first < step->num_tokens;) {
-        int64_t num_scores;
-        const int64_t end = pass_end(x, first, &num_scores);
-        if (dtype == 0) run_pass(x, static_cast<const float*>(q), first, end, num_scores, ids);
-        else run_pass(x, static_cast<const bf16*>(q), first, end, num_scores, ids);
-        first = end;
-    }
+BITTRUE_EXPORT(index_topk)(const Step* step, const Index* x) {
+    if (x->act == 0) return run<Words::F32, float>(*step, *x);
+    if (x->row.kind != ROW_BF16) return run<Words::F32, bf16>(*step, *x);
+    if (has_dot_pairs()) return run<Words::PAIRS, bf16>(*step, *x);
+    run<Words::MIXED, bf16>(*step, *x);
 }
-BITTRUE_REPLAYABLE(index_topk)

@@ -70,9 +70,32 @@ struct Csa {
     }
 };
 
-BT f32x16 biased(const CsaSlot& slot, int64_t i, int64_t n) {
-    f32x16 g = load_n(slot.gate + i, n);
-    return slot.ape == nullptr ? g : add(g, load_n(slot.ape + i, n));
+// How the channels of a row are read: all rows of a multiple of sixteen need no mask.
+struct Whole {
+    BT f32x16 operator()(const float* p, int64_t) const { return load(p); }
+};
+struct Part {
+    BT f32x16 operator()(const float* p, int64_t n) const { return load_n(p, n); }
+};
+
+// Slots in order into pooled [n] at channel i.
+template <class Read>
+BT void csa_pool_channels(const CsaSlot* slots, int64_t num, int64_t i, int64_t n, float* pooled, Read read) {
+    f32x16 gates[2 * CSA_RATIO];
+    f32x16 top = set1(-__builtin_inff());
+    for (int64_t j = 0; j < num; ++j) {
+        f32x16 g = read(slots[j].gate + i, n);
+        if (slots[j].ape != nullptr) g = add(g, read(slots[j].ape + i, n));
+        gates[j] = g;
+        top = j == 0 ? g : max(top, g);
+    }
+    f32x16 total = zero(), weighted = zero();
+    for (int64_t j = 0; j < num; ++j) {
+        f32x16 e = exp(sub(gates[j], top));
+        total = add(total, e);
+        weighted = fma(e, read(slots[j].u + i, n), weighted);
+    }
+    store_n(pooled + i, div(weighted, total), n);
 }
 
 void csa_pool(const Step& step, const Csa& csa, const float* ape, int64_t s, int64_t entry, float* pooled) {
@@ -82,21 +105,9 @@ void csa_pool(const Step& step, const Csa& csa, const float* ape, int64_t s, int
     for (int64_t p = CSA_RATIO * (entry - 1); p < CSA_RATIO * entry; ++p)
         if (p >= 0) slots[num++] = csa.slot(step, ape, s, p, 0);
     for (int64_t p = CSA_RATIO * entry; p < CSA_RATIO * (entry + 1); ++p) slots[num++] = csa.slot(step, ape, s, p, 1);
-    for (int64_t i = 0; i < c; i += 16) {
-        f32x16 gates[2 * CSA_RATIO];
-        f32x16 top = gates[0] = biased(slots[0], i, c - i);
-        for (int64_t j = 1; j < num; ++j) {
-            gates[j] = biased(slots[j], i, c - i);
-            top = max(top, gates[j]);
-        }
-        f32x16 total = zero(), weighted = zero();
-        for (int64_t j = 0; j < num; ++j) {
-            f32x16 e = exp(sub(gates[j], top));
-            total = add(total, e);
-            weighted = fma(e, load_n(slots[j].u + i, c - i), weighted);
-        }
-        store_n(pooled + i, div(weighted, total), c - i);
-    }
+    int64_t i = 0;
+    for (; i + 16 <= c; i += 16) csa_pool_channels(slots, num, i, 16, pooled, Whole());
+    if (i < c) csa_pool_channels(slots, num, i, c - i, pooled, Part());
 }
 
 // After every entry is written: the step's last rows, for the entries of later steps.
@@ -118,69 +129,102 @@ struct Hca {
     const float *u, *gate;
     float *fold, *pending;
     int64_t max_draft;
+
+    // `fold` stands here when the step is over: later tokens can still be undone.
+    BT int64_t folded(const Step& step, int64_t s) const {
+        const int64_t at = step.end(s) - max_draft;
+        return at > step.folds[s] ? at : step.folds[s];
+    }
 };
 
-// Positions folds[s]..end of one sequence, channels from..from+n (n <= CHANNEL_BLOCK). Windows that close on a token of the
-// step leave their pooled channels in pooled[0], pooled[c], ...
-void hca_pool(const Step& step, const Hca& h, const Finish& f, int64_t s, int64_t from, int64_t n, float* pooled) {
-    constexpr int64_t VECTORS = CHANNEL_BLOCK / 16;
-    const int64_t c = f.row.dim, start = step.starts[s], end = step.end(s), first = step.folds[s];
-    const int64_t folded = end - h.max_draft > first ? end - h.max_draft : first;
-    const float minus_inf = -__builtin_inff();
-    float* fold = h.fold + step.slots[s] * 3 * c + from;
-    float* pending = h.pending + step.slots[s] * h.max_draft * 2 * c + from;
+// The channels one thread folds at once, and what it reads of the row of a token.
+struct Channels {
+    int64_t from, n;  // n <= CHANNEL_BLOCK
+};
+
+constexpr int64_t VECTORS = CHANNEL_BLOCK / 16;
+
+struct Pool {
     f32x16 m[VECTORS], sum[VECTORS], weighted[VECTORS];
-    for (int64_t v = 0; v < VECTORS; ++v) {
-        m[v] = set1(minus_inf), sum[v] = zero(), weighted[v] = zero();
-        if (first % HCA_RATIO == 0) continue;  // what the state holds there belongs to another sequence
-        m[v] = load_n(fold + 16 * v, n - 16 * v > 0 ? n - 16 * v : 0);
-        sum[v] = load_n(fold + c + 16 * v, n - 16 * v > 0 ? n - 16 * v : 0);
-        weighted[v] = load_n(fold + 2 * c + 16 * v, n - 16 * v > 0 ? n - 16 * v : 0);
+
+    BT void clear() {
+        for (int64_t v = 0; v < VECTORS; ++v) m[v] = set1(-__builtin_inff()), sum[v] = zero(), weighted[v] = zero();
     }
-    for (int64_t p = first; p <= end; ++p) {
-        if (p == folded)
-            for (int64_t v = 0; 16 * v < n; ++v) {
-                store_n(fold + 16 * v, m[v], n - 16 * v);
-                store_n(fold + c + 16 * v, sum[v], n - 16 * v);
-                store_n(fold + 2 * c + 16 * v, weighted[v], n - 16 * v);
-            }
-        if (p == end) break;
+    // state: (max, sum, weighted sum), c apart
+    BT void load_from(const float* state, int64_t c, int64_t n) {
+        clear();
+        for (int64_t v = 0; 16 * v < n; ++v) {
+            m[v] = load_n(state + 16 * v, n - 16 * v);
+            sum[v] = load_n(state + c + 16 * v, n - 16 * v);
+            weighted[v] = load_n(state + 2 * c + 16 * v, n - 16 * v);
+        }
+    }
+    BT void store_to(float* state, int64_t c, int64_t n) const {
+        for (int64_t v = 0; 16 * v < n; ++v) {
+            store_n(state + 16 * v, m[v], n - 16 * v);
+            store_n(state + c + 16 * v, sum[v], n - 16 * v);
+            store_n(state + 2 * c + 16 * v, weighted[v], n - 16 * v);
+        }
+    }
+    template <class Read> BT void take(int64_t v, const float* u, const float* gate, const float* bias, int64_t n, Read read) {
+        f32x16 g = read(gate, n);
+        if (bias != nullptr) g = add(g, read(bias, n));
+        // Of exp(m - m') and exp(g - m') one is exp(0) = 1: the other is the exponential of the distance.
+        const mask16 higher = less(m[v], g);
+        const f32x16 top = select(higher, g, m[v]);
+        const f32x16 d = exp(sub(select(higher, m[v], g), top));
+        const f32x16 keep = select(higher, d, set1(1.0f)), e = select(higher, set1(1.0f), d);
+        sum[v] = fma(sum[v], keep, e);
+        weighted[v] = fma(weighted[v], keep, mul(e, read(u, n)));
+        m[v] = top;
+    }
+};
+
+// Folds the positions of window w of one sequence that the step has to, in order. A window that closes on a token of the step
+// leaves its pooled channels in pooled [n]; the window that holds position folded(s) leaves the state of that position.
+// Windows do not depend on each other, except that the first reads the state that the last writes.
+void hca_window(const Step& step, const Hca& h, const Finish& f, int64_t s, int64_t w, Channels channels, float* pooled) {
+    const int64_t c = f.row.dim, n = channels.n, start = step.starts[s], end = step.end(s), first = step.folds[s];
+    const int64_t begin = w * HCA_RATIO, next = begin + HCA_RATIO, folded = h.folded(step, s);
+    const bool closes = next <= end && next > start, keeps = begin <= folded && folded < next;
+    float* fold = h.fold + step.slots[s] * 3 * c + channels.from;
+    const float* pending = h.pending + step.slots[s] * h.max_draft * 2 * c + channels.from;
+    Pool pool;
+    // What the state holds at the start of a window belongs to another sequence.
+    if (first > begin) pool.load_from(fold, c, n);
+    else pool.clear();
+    for (int64_t p = first > begin ? first : begin;; ++p) {
+        if (keeps && p == folded) pool.store_to(fold, c, n);
+        if (closes ? p == next : !keeps || p == folded) break;
         const float *u, *gate, *bias = nullptr;
         if (p < start) {
             u = pending + p % h.max_draft * 2 * c;
             gate = u + c;
         } else {
-            const int64_t t = (step.offsets[s] + p - start) * c + from;
-            u = h.u + t, gate = h.gate + t, bias = f.ape + p % HCA_RATIO * c + from;
+            const int64_t t = (step.offsets[s] + p - start) * c + channels.from;
+            u = h.u + t, gate = h.gate + t, bias = f.ape + p % HCA_RATIO * c + channels.from;
         }
-        for (int64_t v = 0; 16 * v < n; ++v) {
-            const int64_t left = n - 16 * v;
-            f32x16 g = load_n(gate + 16 * v, left);
-            if (bias != nullptr) g = add(g, load_n(bias + 16 * v, left));
-            // Of exp(m - m') and exp(g - m') one is exp(0) = 1: the other is the exponential of the distance.
-            mask16 higher = less(m[v], g);
-            f32x16 top = select(higher, g, m[v]);
-            f32x16 d = exp(sub(select(higher, m[v], g), top));
-            f32x16 keep = select(higher, d, set1(1.0f)), e = select(higher, set1(1.0f), d);
-            sum[v] = fma(sum[v], keep, e);
-            weighted[v] = fma(weighted[v], keep, mul(e, load_n(u + 16 * v, left)));
-            m[v] = top;
-        }
-        if ((p + 1) % HCA_RATIO != 0) continue;
-        for (int64_t v = 0; v < VECTORS; ++v) {
-            if (p >= start && 16 * v < n) store_n(pooled + from + 16 * v, div(weighted[v], sum[v]), n - 16 * v);
-            m[v] = set1(minus_inf), sum[v] = zero(), weighted[v] = zero();
-        }
-        if (p >= start) pooled += c;
+        if (n == CHANNEL_BLOCK)
+            for (int64_t v = 0; v < VECTORS; ++v)
+                pool.take(v, u + 16 * v, gate + 16 * v, bias == nullptr ? nullptr : bias + 16 * v, 16, Whole());
+        else
+            for (int64_t v = 0; 16 * v < n; ++v)
+                pool.take(v, u + 16 * v, gate + 16 * v, bias == nullptr ? nullptr : bias + 16 * v, n - 16 * v, Part());
     }
+    for (int64_t v = 0; closes && 16 * v < n; ++v) store_n(pooled + 16 * v, div(pool.weighted[v], pool.sum[v]), n - 16 * v);
+}
+
+// The rows after folded(s), for later steps; when every window has read what an earlier step left there.
+void hca_keep(const Step& step, const Hca& h, const Finish& f, int64_t s) {
+    const int64_t c = f.row.dim, start = step.starts[s], end = step.end(s), folded = h.folded(step, s);
+    float* pending = h.pending + step.slots[s] * h.max_draft * 2 * c;
     for (int64_t p = folded > start ? folded : start; p < end; ++p) {
         float* row = pending + p % h.max_draft * 2 * c;
-        const int64_t t = (step.offsets[s] + p - start) * c + from;
-        const float* bias = f.ape + p % HCA_RATIO * c + from;
-        for (int64_t i = 0; i < n; i += 16) {
-            store_n(row + i, load_n(h.u + t + i, n - i), n - i);
-            store_n(row + c + i, add(load_n(h.gate + t + i, n - i), load_n(bias + i, n - i)), n - i);
-        }
+        const int64_t t = (step.offsets[s] + p - start) * c;
+        const float* bias = f.ape + p % HCA_RATIO * c;
+        std::memcpy(row, h.u + t, size_t(c) * 4);
+        for (int64_t i = 0; i < c; i += 16)
+            store_n(row + c + i, add(load_n(h.gate + t + i, c - i), load_n(bias + i, c - i)), c - i);
     }
 }
 
@@ -209,14 +253,14 @@ BITTRUE_EXPORT(csa_compress)(const Step* step, const Finish* f, const float* u, 
     const int64_t c = f->row.dim, closed = all_closed(*step, CSA_RATIO);
     const Csa csa{u, gate, state, ring, 2 * c};
     const Pages out{pages, per_page, f->row.bytes()};
-    PARALLEL_FOR(n, closed, closed * c * 400) {
+    PARALLEL_FOR(n, closed, closed * c * 40) {
         int64_t s, entry;
         find_closed(*step, CSA_RATIO, n, &s, &entry);
         float* pooled = pooled_scratch.get<float>(c);
         csa_pool(*step, csa, f->ape, s, entry, pooled);
         finish(pooled, *f, CSA_RATIO * entry, out.entry(*step, s, entry));
     };
-    PARALLEL_FOR(s, step->num_sequences, step->num_sequences * ring * c) { csa_keep(*step, csa, f->ape, s); };
+    PARALLEL_FOR(s, step->num_sequences, step->num_tokens * c) { csa_keep(*step, csa, f->ape, s); };
 }
 BITTRUE_REPLAYABLE(csa_compress)
 
@@ -228,14 +272,27 @@ BITTRUE_EXPORT(hca_compress)(const Step* step, const Finish* f, const float* u, 
     const Hca hca{u, gate, fold, pending, max_draft};
     const Pages out{pages, per_page, f->row.bytes()};
     float* pooled = pooled_scratch.get<float>(closed * c);
-    PARALLEL_FOR(unit, step->num_sequences * blocks, step->num_tokens * c * 40) {
-        const int64_t s = unit / blocks, from = unit % blocks * CHANNEL_BLOCK;
+    int64_t windows = 1;  // that any sequence meets in this step
+    for (int64_t s = 0; s < step->num_sequences; ++s) {
+        const int64_t met = step->end(s) / HCA_RATIO - step->folds[s] / HCA_RATIO + 1;
+        windows = met > windows ? met : windows;
+    }
+    PARALLEL_FOR(unit, step->num_sequences * windows * blocks, step->num_tokens * c * 10) {
+        const int64_t s = unit / blocks / windows, nth = unit / blocks % windows, from = unit % blocks * CHANNEL_BLOCK;
         if (step->length(s) == 0) return;
-        int64_t before = 0;
+        const Channels channels{from, c - from < CHANNEL_BLOCK ? c - from : CHANNEL_BLOCK};
+        int64_t before = -(step->starts[s] / HCA_RATIO);
         for (int64_t other = 0; other < s; ++other) before += num_closed(*step, other, HCA_RATIO);
-        hca_pool(*step, hca, *f, s, from, c - from < CHANNEL_BLOCK ? c - from : CHANNEL_BLOCK, pooled + before * c);
+        const int64_t first = step->folds[s] / HCA_RATIO, last = hca.folded(*step, s) / HCA_RATIO;
+        const auto fold = [&](int64_t w) { hca_window(*step, hca, *f, s, w, channels, pooled + (before + w) * c + from); };
+        // The first reads the state that the last writes: one thread, in this order.
+        if (nth == 0) fold(first);
+        if (nth == 0 && last != first) fold(last);
+        if (nth > 0 && first + nth != last && first + nth <= step->end(s) / HCA_RATIO) fold(first + nth);
     };
-    PARALLEL_FOR(n, closed, closed * c * 100) {
+    if (max_draft > 0)
+        PARALLEL_FOR(s, step->num_sequences, step->num_tokens * c) { hca_keep(*step, hca, *f, s); };
+    PARALLEL_FOR(n, closed, closed * c * 20) {
         int64_t s, entry;
         find_closed(*step, HCA_RATIO, n, &s, &entry);
         finish(pooled + n * c, *f, HCA_RATIO * entry, out.entry(*step, s, entry));

@@ -1,7 +1,7 @@
 # Everything a developer or an operator runs, one line per target. `make` prints them.
 # Needs python3 (3.11 or later, with venv), make and g++; the rest is installed into .venv from requirements.lock.
 .DEFAULT_GOAL := help
-.PHONY: help setup kernels serve test test-all lint types fmt bench docs gpu clean
+.PHONY: help setup kernels serve test test-all lint types fmt bench bench-report docs gpu clean
 
 PYTHON ?= python3
 PORT ?= 8000
@@ -48,16 +48,19 @@ test-all: .venv/.built ## all tests that need no GPU
 	$(PYTEST) -m "not gpu and not weights"
 
 lint: .venv/.built ## ruff
-	$(BIN)/ruff check bittrue tests
+	$(BIN)/ruff check bittrue tests benchmarks
 
 types: .venv/.built ## mypy, strict
 	$(BIN)/mypy
 
 fmt: .venv/.built ## format the sources
-	$(BIN)/ruff format bittrue tests
+	$(BIN)/ruff format bittrue tests benchmarks
 
 bench: .venv/.built ## time every op next to the machine's copy bandwidth
 	$(BIN)/bittrue bench ops
+
+bench-report: .venv/.built ## write docs/benchmarks.md and its plot from benchmarks/results
+	$(BIN)/python benchmarks/report.py
 
 docs: .venv/.built ## write the generated pages: docs/cli.md, config.md, errors.md, metrics.md
 	$(BIN)/bittrue docs

@@ -1,0 +1,106 @@
+"""The speed the project aims at, and what the stored results say to it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from bittrue.bench.result import Measurement, Result, Unit
+
+Results = Mapping[str, Result]  # by file name
+
+_FLASH_INDEX = {"index_heads": 64, "index_topk": 512}  # the index of DeepSeek-V4-Flash
+_LONG = 917504  # "900K"
+_PEER_RATIOS = (
+    ("decode", 1, 256, 2.0),
+    ("decode", 1, 4096, 2.0),
+    ("decode", 1, 32768, 4.0),
+    ("decode", 8, 4096, 4.0),
+    ("prefill", 1, 4096, 3.0),
+    ("prefill", 1, 32768, 3.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One aim. ``seen`` is None where no stored result tells; ``file`` is the result that tells."""
+
+    measure: str
+    unit: Unit
+    bound: float
+    is_least: bool  # whether ``bound`` is the least allowed; else it is the most
+    seen: Measurement | None
+    file: str = ""
+
+    @property
+    def is_met(self) -> bool | None:
+        if self.seen is None:
+            return None
+        return self.seen.median >= self.bound if self.is_least else self.seen.median <= self.bound
+
+
+def targets(results: Results) -> list[Target]:
+    """Every aim, once per result that measures it, in the order of the aims."""
+    return [
+        *_of(results, "peers", _peers),
+        *_of(results, "frontier", _frontier),
+        *_of(results, "ops", _ops),
+        *_of(results, "server", _server),
+    ]
+
+
+def _of(results: Results, benchmark: str, aims: Callable[[Result | None], Iterator[Target]]) -> list[Target]:
+    """The aims of one benchmark for each of its results that measure any; without one, as not measured."""
+    found = []
+    for file, result in results.items():
+        if result.benchmark == benchmark:
+            found += [replace(t, file=file) for t in aims(result)]
+    seen = [t for t in found if t.seen is not None]
+    measured = {_without_model(t.measure) for t in seen}
+    missing = [t for t in aims(None) if t.measure not in measured]
+    return [*seen, *missing]
+
+
+def _without_model(measure: str) -> str:
+    return measure.partition(" (")[0]
+
+
+def _peers(result: Result | None) -> Iterator[Target]:
+    for kind, batch, context, least in _PEER_RATIOS:
+        name = f"{kind} over fastest peer"
+        seen = result.find(name, batch=batch, context=context) if result else None
+        where = f", batch {batch}" if kind == "decode" else ""
+        preset = f" ({result.config['preset']})" if result else ""
+        yield Target(
+            f"{kind}{where}, context {context:,}, over the fastest peer{preset}", "ratio", least, True, seen
+        )
+
+
+def _frontier(result: Result | None) -> Iterator[Target]:
+    model = f" ({result.config['model']})" if result else ""
+    is_flash = result is not None and all(result.config[k] == v for k, v in _FLASH_INDEX.items())
+    seen = result.find("decode over decode at 4096", context=_LONG, batch=1) if result and is_flash else None
+    yield Target(f"decode at {_LONG:,} over decode at 4,096, Flash's index{model}", "ratio", 0.6, True, seen)
+    longest = None
+    if result:
+        shares = [m for m in result.measurements if m.name == "resident over ledger"]
+        longest = max(shares, key=lambda m: int(m.labels["context"]), default=None)
+    yield Target(f"resident memory over the ledger, longest context{model}", "ratio", 1.05, False, longest)
+
+
+def _ops(result: Result | None) -> Iterator[Target]:
+    for form in ("fp4", "fp8", "bf16"):
+        name = "linear, share of bandwidth"
+        seen = result.find(name, format=form, of="copy") if result else None
+        yield Target(f"linear, one row, {form}, share of copy bandwidth", "ratio", 0.8, True, seen)
+    for form in ("f32", "bf16"):
+        for rows in (64, 128, 512):
+            name = "linear, share of torch"
+            seen = result.find(name, format=form, rows=rows, of="torch f32") if result else None
+            yield Target(f"linear, {rows} rows, {form}, share of torch's product", "ratio", 0.9, True, seen)
+
+
+def _server(result: Result | None) -> Iterator[Target]:
+    model = f" ({result.config['model']})" if result else ""
+    seen = result.find("start to first token") if result else None
+    yield Target(f"server start to first token{model}", "s", 3.0, False, seen)
+    seen = result.find("added per streamed token", streams=16) if result else None
+    yield Target(f"added by the server per streamed token, 16 streams{model}", "s", 1e-3, False, seen)

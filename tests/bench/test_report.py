@@ -1,0 +1,165 @@
+"""The page says what the stored results say: targets, tables, sources; and the picture shows every line."""
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+from bittrue.bench.plot import panels, svg
+from bittrue.bench.report import page
+from bittrue.bench.result import Benchmark, Label, Measurement, Result, measured, read_results, write_result
+from bittrue.bench.targets import targets
+
+ROOT = Path(__file__).parents[2]
+
+
+def stored(benchmark: Benchmark, found: list[Measurement], **config: Label) -> Result:
+    return Result(
+        benchmark, "CPU", 2, "abc", "2026-01-02T03:04:05+00:00", f"make {benchmark}", config, tuple(found)
+    )
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> dict[str, Result]:
+    """As they come back from files."""
+    peers = [
+        measured("prefill", "tokens/s", [100.0], {"engine": "bittrue", "batch": 1, "context": 4096}),
+        *(
+            measured("decode", "tokens/s", [speed], {"engine": engine, "batch": 1, "context": context})
+            for engine, speeds in (("bittrue", (900.0, 800.0)), ("other", (300.0, 500.0)))
+            for context, speed in zip((256, 4096), speeds, strict=True)
+        ),
+        measured(
+            "decode over fastest peer",
+            "ratio",
+            [2.9, 3.0, 3.1],
+            {"batch": 1, "context": 256, "peer": "other"},
+        ),
+        measured("decode over fastest peer", "ratio", [1.6], {"batch": 1, "context": 4096, "peer": "other"}),
+        measured(
+            "same likeliest token", "ratio", [0.75], {"engine": "other", "tokens": 500, "agrees": False}
+        ),
+        measured(
+            "log-probability error", "ratio", [0.02], {"engine": "other", "tokens": 500, "agrees": False}
+        ),
+    ]
+    frontier = [
+        measured("prefill", "tokens/s", [50.0], {"context": 4096, "filled": False}),
+        *(
+            m
+            for context, speed in ((4096, 20.0), (917504, 13.0))
+            for m in (
+                measured(
+                    "decode", "tokens/s", [speed], {"context": context, "batch": 1, "filled": context > 5000}
+                ),
+                measured("resident over ledger", "ratio", [0.9], {"context": context, "batch": 1}),
+            )
+        ),
+        measured("decode over decode at 4096", "ratio", [0.65], {"context": 917504, "batch": 1}),
+    ]
+    ops = [
+        measured("copy", "s", [0.5], {}, num_bytes=10**10),
+        measured("read", "s", [0.5], {}, num_bytes=10**10),
+        measured("torch product", "s", [0.5], {}, flops=10**11),
+        measured("linear, one row", "s", [0.5], {"format": "fp4", "case": "1x1"}, num_bytes=9 * 10**9),
+        measured("linear, share of bandwidth", "ratio", [0.79], {"format": "fp4", "of": "copy"}),
+        measured("linear, share of bandwidth", "ratio", [0.99], {"format": "fp4", "of": "read"}),
+    ]
+    server = [measured("start to first token", "s", [3.5], {})]
+    flash = {"index_heads": 64, "index_topk": 512}
+    for name, result in {
+        "frontier.json": stored("frontier", frontier, model="flash4", threads=2, **flash),
+        "ops.json": stored("ops", ops, threads=2),
+        "peers-t256.json": stored("peers", peers, preset="t256", threads=2),
+        "server.json": stored("server", server, model="tiny", threads=2),
+    }.items():
+        write_result(tmp_path / name, result)
+    return read_results(tmp_path)
+
+
+def verdicts(results: dict[str, Result]) -> dict[str, bool | None]:
+    return {target.measure: target.is_met for target in targets(results)}
+
+
+def test_targets_are_judged_by_the_stored_medians(results: dict[str, Result]) -> None:
+    found = verdicts(results)
+    assert found["decode, batch 1, context 256, over the fastest peer (t256)"] is True  # 3.0, at least 2
+    assert found["decode, batch 1, context 4,096, over the fastest peer (t256)"] is False  # 1.6
+    assert found["decode, batch 8, context 4,096, over the fastest peer"] is None
+    assert found["decode at 917,504 over decode at 4,096, Flash's index (flash4)"] is True
+    assert (
+        found["linear, one row, fp4, share of copy bandwidth"] is False
+    )  # 0.79: of the copy, not of the read
+    assert found["linear, one row, bf16, share of copy bandwidth"] is None
+    assert found["server start to first token (tiny)"] is False  # at most 3 s
+
+
+def test_every_target_is_listed_when_nothing_is_stored() -> None:
+    found = verdicts({})
+    assert len(found) == 6 + 2 + 3 + 6 + 2
+    assert set(found.values()) == {None}
+    assert "not measured" in page({})
+
+
+def test_a_preset_without_flashs_index_says_nothing_about_long_contexts(results: dict[str, Result]) -> None:
+    config = {**results["frontier.json"].config, "index_topk": 128}
+    other = Result(**{**fields_of(results["frontier.json"]), "config": config})
+    found = verdicts({**results, "frontier.json": other})
+    assert found["decode at 917,504 over decode at 4,096, Flash's index"] is None
+
+
+def fields_of(result: Result) -> dict[str, object]:
+    return {name: getattr(result, name) for name in Result.__dataclass_fields__}
+
+
+def test_the_page_holds_every_number_with_its_source(results: dict[str, Result]) -> None:
+    text = page(results)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+    assert ["decode, batch 1, context 256, over the fastest peer (t256)", "at least 2.00",
+            "3.00 (2.90 to 3.10)", "yes", "`peers-t256.json`"] in rows  # fmt: skip
+    assert [
+        "server start to first token (tiny)",
+        "at most 3.00 s",
+        "3.50 s",
+        "**no**",
+        "`server.json`",
+    ] in rows
+    header = next(row for row in rows if row[0] == "t256: engine")
+    assert header[1:] == ["decode, batch 1, 256", "decode, batch 1, 4,096", "prefill, batch 1, 4,096"]
+    assert ["other", "300", "500", ""] in rows
+    assert ["other (another model: a bar for speed only)", "500", "75.0%", "2.0e-02"] in rows
+    assert next(row for row in rows if row[0] == "917,504")[1] == "random"
+    assert next(row for row in rows if row[0] == "4,096")[1:3] == ["computed", "50"]
+    assert ["1x1", "18.0", "0.79", "0.99"] in rows
+    sources = [row for row in rows if row[1:2] == ["`make peers`"]]
+    assert sources == [["`peers-t256.json`", "`make peers`", "`abc`", "2026-01-02", "CPU, 2 cores",
+                        "preset t256, threads 2"]]  # fmt: skip
+
+
+def test_the_picture_has_a_line_for_every_engine_and_frontier(results: dict[str, Result]) -> None:
+    shown = panels(results)
+    assert [panel.title for panel in shown] == ["t256", "flash4"]
+    assert shown[0].lines == {
+        "bittrue": [(256, 900.0), (4096, 800.0)],
+        "other": [(256, 300.0), (4096, 500.0)],
+    }
+    root = ElementTree.fromstring(svg(results))
+    space = {"s": "http://www.w3.org/2000/svg"}
+    lines = root.findall(".//s:polyline", space)
+    assert len(lines) == 3
+    texts = {text.text for text in root.findall(".//s:text", space)}
+    assert {"bittrue", "other", "bittrue, frontier", "256", "1M"} <= texts
+    # More tokens/s is higher up, a longer context further right.
+    (x1, y1), (x2, y2) = (tuple(map(float, p.split(","))) for p in lines[0].get("points", "").split())
+    assert x1 < x2 and y1 < y2
+    assert ElementTree.fromstring(svg({})) is not None
+
+
+def test_the_page_is_what_the_stored_results_say() -> None:
+    results = read_results(ROOT / "benchmarks" / "results")
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == page(results), (
+        "run `make bench-report`"
+    )
+    assert (ROOT / "docs" / "benchmarks.svg").read_text(encoding="utf-8") == svg(results), (
+        "run `make bench-report`"
+    )

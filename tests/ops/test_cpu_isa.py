@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from bittrue.ops.cpu.library import (
     check,
     load_kernels,
 )
+
+ROOT = Path(__file__).parents[2]
 
 FUNCTIONS = {
     "exp": 0, "log": 1, "log1p": 2, "softplus": 3, "sigmoid": 4, "fma": 5, "max": 6, "min": 7, "select": 8,
@@ -134,15 +137,53 @@ def test_horizontal_sum_is_the_documented_tree() -> None:
     assert same_bits(vector(load_kernels(), "hsum", a)[::16].copy(), tree[:, 0].copy())
 
 
-def test_library_holds_no_shared_library_code_of_one_instruction_set() -> None:
-    """A std:: function emitted by the AVX-512 build would be linked for every processor."""
-    nm = shutil.which("nm")
-    if nm is None:
-        pytest.skip("no nm on this machine")
-    symbols = subprocess.run(
-        [nm, "-C", "--defined-only", LIBRARY_PATH], capture_output=True, text=True, check=True
-    )
-    assert [line for line in symbols.stdout.splitlines() if " std::" in line or " W " in line] == []
+def tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"no {name} on this machine")
+    return path
+
+
+def shared_functions(file: Path) -> set[str]:
+    """The functions of which the linker keeps one copy for all files: the weak ones."""
+    listing = subprocess.run(
+        [tool("nm"), "--defined-only", file], capture_output=True, text=True, check=True
+    ).stdout
+    fields = [line.split() for line in listing.splitlines()]
+    return {f[-1] for f in fields if len(f) >= 3 and f[-2] == "W"}
+
+
+def test_no_instruction_set_brings_code_that_another_would_run() -> None:
+    """Of a template of the standard library the linker keeps one copy, which the AVX-512 build may have made.
+
+    Files compiled once, for the least processor, may use such templates; others may not.
+    """
+    objects = [p for p in ROOT.glob("build/*/CMakeFiles/kernels_*.dir/**/*.o") if p.stat().st_size]
+    if not objects:
+        pytest.skip("the kernels were built elsewhere: no object files in build/")
+    assert {p.name: names for p in objects if (names := shared_functions(p))} == {}
+
+
+def test_code_that_every_processor_runs_has_no_wide_instruction() -> None:
+    """The same, seen in the library as it was linked."""
+    shared = shared_functions(LIBRARY_PATH)
+    assert shared, "team.cpp uses the standard library: this test reads the wrong file"
+    listing = subprocess.run(
+        [tool("objdump"), "-d", "--no-show-raw-insn", LIBRARY_PATH],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    inside, checked, wide = "", set(), []
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            inside = line[line.index("<") + 1 : -2]
+        elif inside in shared and "\t" in line:
+            checked.add(inside)
+            if line.split("\t")[1].startswith("v"):
+                wide.append((inside, line))
+    assert checked
+    assert wide == []
 
 
 def test_explicit_instruction_set_is_used_and_unknown_ones_are_refused() -> None:

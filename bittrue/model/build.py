@@ -106,12 +106,14 @@ def _feed_forward(config: ModelConfig, source: TensorSource, layer: int) -> Feed
     def bank(part: str) -> tuple[Weight, ...]:
         return tuple(source.weight(f"{name}.experts.{e}.{part}.weight") for e in range(config.num_experts))
 
+    def shared(part: str) -> Weight:
+        return source.weight(f"{name}.shared_experts.{part}.weight")
+
     return FeedForward(
         gate=source.weight(f"{name}.gate.weight"),
         bias=None if is_hash else source.tensor(f"{name}.gate.bias"),
         table=source.tensor(f"{name}.gate.tid2eid") if is_hash else None,
-        experts=ExpertBank(w1=bank("w1"), w3=bank("w3"), w2=bank("w2")),
-        shared_w1=source.weight(f"{name}.shared_experts.w1.weight"),
-        shared_w2=source.weight(f"{name}.shared_experts.w2.weight"),
-        shared_w3=source.weight(f"{name}.shared_experts.w3.weight"),
+        experts=ExpertBank(
+            w1=bank("w1"), w3=bank("w3"), w2=bank("w2"), shared=(shared("w1"), shared("w3"), shared("w2"))
+        ),
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bittrue.config.formats import ACT_GROUP, ActDtype, Level
+from bittrue.config.formats import ActDtype, Level
 from bittrue.config.model import ModelConfig
 from bittrue.ops.contracts import Batch, CompressorWeights, ExpertBank, LayerCache, LayerKind, OpTable, Weight
 
@@ -71,9 +71,6 @@ class FeedForward:
     bias: Tensor | None  # [E] f32, learned router only
     table: Tensor | None  # [V, k] i64, hash router only
     experts: ExpertBank
-    shared_w1: Weight
-    shared_w2: Weight
-    shared_w3: Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,21 +194,19 @@ class DeepseekV4:
         ops, config = self.ops, self.config
         num_tokens, heads, head_dim = x.shape[0], config.num_heads, config.head_dim
 
-        x8 = self._fp8_input(x, p.wq_a)
-        qr = ops.rms_norm(ops.linear(x8, p.wq_a), p.q_norm, config.norm_eps)
-        qr8 = self._fp8_input(qr, p.wq_b)
-        q = ops.linear(qr8, p.wq_b).view(num_tokens, heads, head_dim)
+        qa, kv, *wide = self._input_projections(x, p)
+        q, *index_q = self._query_projections(ops.rms_norm(qa, p.q_norm, config.norm_eps), p)
+        q = q.view(num_tokens, heads, head_dim)
 
         # One vector per token is key and value of every head.
-        kv = ops.linear(x8, p.wkv)
         step_rows = ops.kv_rows(kv, p.kv_norm, angles.cos, angles.sin, config.norm_eps, cache.row_format)
 
         # Compressed rows that close in this step are written first: their last token may already read them.
         ids = None
         if p.compressor is not None:
-            self._compress(x, batch, p.compressor, cache)
+            self._compress(wide[0], wide[1], batch, p.compressor, cache)
         if p.indexer is not None:
-            ids = self._select(x, qr8, batch, p.indexer, cache, angles)
+            ids = self._select(index_q[0], tuple(wide[2:]), batch, p.indexer, cache, angles)
 
         o = ops.attention(
             q,
@@ -230,12 +225,32 @@ class DeepseekV4:
         ops.store_window(step_rows, batch, cache.window)
         o = ops.grouped_linear(o.view(num_tokens, config.o_groups, -1), p.wo_a)
         o = o.view(num_tokens, config.o_groups * config.o_lora_rank)
-        return ops.linear(self._fp8_input(o, p.wo_b), p.wo_b)
+        return ops.linear(o, p.wo_b, quantize=self.is_published)
 
-    def _compress(self, x: Tensor, batch: Batch, p: Compressor, cache: LayerCache) -> None:
+    def _input_projections(self, x: Tensor, p: Attention) -> tuple[Tensor, ...]:
+        """All projections of the normalised input: wq_a and wkv, quantised where 2.9 says, then in float32
+        the compressor's wkv and wgate and the indexer's wkv, wgate and weights_proj, where there are any."""
+        weights = [p.wq_a, p.wkv]
+        if p.compressor is not None:
+            weights += [p.compressor.wkv, p.compressor.wgate]
+        if p.indexer is not None:
+            weights += [p.indexer.compressor.wkv, p.indexer.compressor.wgate, p.indexer.weights_proj]
+        num_wide = len(weights) - 2
+        return self.ops.linears(
+            x,
+            tuple(weights),
+            quantize=(self.is_published,) * 2 + (False,) * num_wide,
+            out_dtypes=(None,) * 2 + (torch.float32,) * num_wide,
+        )
+
+    def _query_projections(self, qr: Tensor, p: Attention) -> tuple[Tensor, ...]:
+        """The queries of the heads and, where the layer chooses rows, of the index."""
+        weights = (p.wq_b,) if p.indexer is None else (p.wq_b, p.indexer.wq_b)
+        num = len(weights)
+        return self.ops.linears(qr, weights, quantize=(self.is_published,) * num, out_dtypes=(None,) * num)
+
+    def _compress(self, u: Tensor, gate: Tensor, batch: Batch, p: Compressor, cache: LayerCache) -> None:
         """Feeds the main compressor of a CSA or HCA layer (2.4)."""
-        u = self.ops.linear(x, p.wkv, out_dtype=torch.float32)
-        gate = self.ops.linear(x, p.wgate, out_dtype=torch.float32)
         if cache.kind == "csa":
             self.ops.csa_compress(
                 u,
@@ -262,16 +277,23 @@ class DeepseekV4:
             )
 
     def _select(
-        self, x: Tensor, qr8: Tensor, batch: Batch, p: Indexer, cache: LayerCache, angles: Angles
+        self,
+        q: Tensor,
+        projected: tuple[Tensor, ...],
+        batch: Batch,
+        p: Indexer,
+        cache: LayerCache,
+        angles: Angles,
     ) -> Tensor:
-        """Ids of the compressed rows each query reads, [T, k] i32 ascending, -1 padded (2.5)."""
+        """Ids of the compressed rows each query reads, [T, k] i32 ascending, -1 padded (2.5). ``projected``:
+        the step by the indexer's wkv, wgate and weights_proj."""
         ops, config = self.ops, self.config
+        u, gate, weights = projected
         heads, dim = config.index_num_heads, config.index_head_dim
-        c = p.compressor
         ops.csa_compress(
-            ops.linear(x, c.wkv, out_dtype=torch.float32),
-            ops.linear(x, c.wgate, out_dtype=torch.float32),
-            c.pool,
+            u,
+            gate,
+            p.compressor.pool,
             batch,
             cache.csa_index,
             cache.keys,
@@ -280,8 +302,8 @@ class DeepseekV4:
             hadamard=self.is_published,
         )
         return ops.index_topk(
-            ops.linear(qr8, p.wq_b).view(-1, heads, dim),
-            ops.linear(x, p.weights_proj, out_dtype=torch.float32),
+            q.view(-1, heads, dim),
+            weights,
             batch,
             cache.keys,
             cache.key_format,
@@ -300,16 +322,4 @@ class DeepseekV4:
             ids, weights = ops.route_hash(scores, batch.token_ids, p.table, config.routed_scale)
         else:
             ids, weights = ops.route_topk(scores, p.bias, config.experts_per_token, config.routed_scale)
-        quantize = self.is_published and p.experts.w1[0].format in ("fp8", "fp4")
-        routed = ops.experts(x, ids, weights, p.experts, limit=config.swiglu_limit, quantize=quantize)
-
-        x8 = self._fp8_input(x, p.shared_w1)
-        z = ops.swiglu(ops.linear(x8, p.shared_w1), ops.linear(x8, p.shared_w3), config.swiglu_limit, None)
-        shared = ops.linear(self._fp8_input(z, p.shared_w2), p.shared_w2)
-        return (routed + shared.float()).to(self.act)
-
-    def _fp8_input(self, x: Tensor, weight: Weight) -> Tensor:
-        """At the published level the input of a quantised matrix is quantised too (2.9)."""
-        if self.is_published and weight.format in ("fp8", "fp4"):
-            return self.ops.quant_fp8(x, ACT_GROUP)
-        return x
+        return ops.experts(x, ids, weights, p.experts, limit=config.swiglu_limit, quantize=self.is_published)

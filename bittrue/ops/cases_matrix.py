@@ -1,16 +1,18 @@
-"""Cases of the matrix ops: linear, grouped_linear, swiglu, experts and the routers."""
+"""Cases of the matrix ops: linear, linears, grouped_linear, experts and the routers."""
 
 import math
+from dataclasses import dataclass
 from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from bittrue.config.formats import ceil_div
+from bittrue.config.formats import ACT_GROUP, ceil_div
 from bittrue.ops.case import Call, Case, Outputs, Tolerance, generator, rows_alone, take_args
 from bittrue.ops.contracts import ExpertBank, Weight
 from bittrue.ops.ref.experts import swiglu
 from bittrue.ops.ref.linear import dequantize, linear
+from bittrue.ops.ref.quant import quant_fp8
 
 WeightFormat = Literal["f32", "bf16", "fp8", "fp4"]
 FORMATS: Final[tuple[WeightFormat, ...]] = ("f32", "bf16", "fp8", "fp4")
@@ -47,9 +49,21 @@ def _product_tolerance(terms: int, out: torch.dtype) -> Tolerance:
     )
 
 
+def _product_magnitude(x: Tensor, weight: Weight, quantize: bool) -> Tensor:
+    if quantize and weight.format in ("fp8", "fp4"):
+        x = quant_fp8(x, ACT_GROUP)
+    return x.double().abs() @ dequantize(weight).double().abs().t()
+
+
 def _linear_magnitude(call: Call) -> Outputs:
     x, weight = call.args
-    return (x.double().abs() @ dequantize(weight).double().abs().t(),)
+    return (_product_magnitude(x, weight, call.kwargs["quantize"]),)
+
+
+def _linears_magnitude(call: Call) -> Outputs:
+    x, weights = call.args
+    parts = zip(weights, call.kwargs["quantize"], strict=True)
+    return tuple(_product_magnitude(x, weight, quantize) for weight, quantize in parts)
 
 
 def _grouped_magnitude(call: Call) -> Outputs:
@@ -69,25 +83,55 @@ def linear_case(
     form: WeightFormat,
     act: torch.dtype,
     out: torch.dtype | None = None,
+    *,
+    quantize: bool = False,
 ) -> Case:
     """x [tokens, cols] act by a weight [rows, cols] of ``form`` into ``out`` (default act)."""
 
     def make(seed: int) -> Call:
         source = generator(seed)
         x = _activations((tokens, cols), act, source)
-        kwargs = {} if out is None else {"out_dtype": out}
+        kwargs = {"quantize": quantize, "out_dtype": out}
         return Call((x, random_weight(form, rows, cols, source)), kwargs)
 
     result = out or act
     return Case(
         op="linear",
-        name=f"{tokens}x{cols} by {form} {rows}x{cols}, {_name(act)} to {_name(result)}",
+        name=f"{tokens}x{cols} by {form} {rows}x{cols}, {_name(act)} to {_name(result)}"
+        f"{', quantised' if quantize else ''}",
         make_inputs=make,
         tolerance=_product_tolerance(cols, result),
         magnitude=_linear_magnitude,
         invariance=rows_alone(take_args(0)),
         bytes=int(rows * cols * WEIGHT_BYTES[form]) + tokens * (cols * act.itemsize + rows * result.itemsize),
         flops=2 * tokens * rows * cols,
+    )
+
+
+def linears_case(tokens: int, cols: int, rows: dict[WeightFormat, int], act: torch.dtype) -> Case:
+    """x [tokens, cols] act by one weight of each format: fp8 and fp4 on quantised rows, and fp4 on plain ones
+    too; f32 and bf16 into f32."""
+    forms: tuple[WeightFormat, ...] = (*rows, "fp4")
+    sizes = (*rows.values(), 30)
+
+    def make(seed: int) -> Call:
+        source = generator(seed)
+        x = _activations((tokens, cols), act, source)
+        parts = zip(forms, sizes, strict=True)
+        weights = tuple(random_weight(form, size, cols, source) for form, size in parts)
+        quantize = (True,) * len(rows) + (False,)
+        dtypes = tuple(torch.float32 if form in ("f32", "bf16") else None for form in forms)
+        return Call((x, weights), {"quantize": quantize, "out_dtypes": dtypes})
+
+    return Case(
+        op="linears",
+        name=f"{tokens}x{cols} by {', '.join(f'{form} {size}' for form, size in rows.items())}, {_name(act)}",
+        make_inputs=make,
+        tolerance=_product_tolerance(cols, act),
+        magnitude=_linears_magnitude,
+        invariance=rows_alone(take_args(0)),
+        bytes=int(sum(size * cols * WEIGHT_BYTES[form] for form, size in zip(forms, sizes, strict=True))),
+        flops=2 * tokens * sum(sizes) * cols,
     )
 
 
@@ -113,85 +157,94 @@ def grouped_case(
     )
 
 
-def swiglu_case(tokens: int, hidden: int, act: torch.dtype, *, weighted: bool) -> Case:
-    def make(seed: int) -> Call:
-        source = generator(seed)
-        gate = (8 * torch.randn(tokens, hidden, generator=source)).to(act)  # reaches both clamps
-        up = (8 * torch.randn(tokens, hidden, generator=source)).to(act)
-        weight = torch.rand(tokens, generator=source) if weighted else None
-        return Call((gate, up, 10.0, weight))
-
-    return Case(
-        op="swiglu",
-        name=f"{tokens}x{hidden} {_name(act)}{', weighted' if weighted else ''}",
-        make_inputs=make,
-        tolerance=Tolerance(
-            BF16_STEP if act == torch.bfloat16 else 12 * F32_UNIT,
-            1e-37,
-            "two exponentials of 2 ulp and five roundings; less than the least normal number",
-        ),
-        invariance=rows_alone(take_args(0, 1, 3)),
-        bytes=3 * tokens * hidden * act.itemsize,
-        flops=8 * tokens * hidden,
-    )
-
-
 def _experts_magnitude(call: Call) -> Outputs:
     x, ids, weights, bank = call.args
     limit = call.kwargs["limit"]
     out = torch.zeros(x.shape, dtype=torch.float64)
+
+    def part(row: Tensor, w1: Weight, w3: Weight, w2: Weight, weight: Tensor) -> Tensor:
+        hidden = swiglu(linear(row, w1), linear(row, w3), limit, weight)
+        return hidden[0].double().abs() @ dequantize(w2).double().abs().t()
+
     for t in range(x.shape[0]):
+        row = x[t : t + 1].float()
         for slot in range(ids.shape[1]):
             e = int(ids[t, slot])
-            row, weight = x[t : t + 1].float(), weights[t, slot : slot + 1]
-            hidden = swiglu(linear(row, bank.w1[e]), linear(row, bank.w3[e]), limit, weight)
-            out[t] += hidden[0].double().abs() @ dequantize(bank.w2[e]).double().abs().t()
+            out[t] += part(row, bank.w1[e], bank.w3[e], bank.w2[e], weights[t, slot : slot + 1])
+        if bank.shared is not None:
+            w1, w3, w2 = bank.shared
+            out[t] += part(row, w1, w3, w2, torch.ones(1))
     return (out,)
 
 
-def experts_case(
-    tokens: int,
-    slots: int,
-    num_experts: int,
-    width: int,
-    hidden: int,
-    form: WeightFormat,
-    act: torch.dtype,
-    *,
-    quantize: bool,
-) -> Case:
-    """Every token in ``slots`` different experts of a bank of ``num_experts``."""
+@dataclass(frozen=True, slots=True)
+class Moe:
+    """The sizes of a layer's experts: ``shared`` is the format and hidden size of the shared one."""
+
+    num_experts: int
+    slots: int
+    width: int
+    hidden: int
+    form: WeightFormat
+    shared: tuple[WeightFormat, int] | None = None
+
+    def bank(self, source: torch.Generator) -> ExpertBank:
+        def matrices(rows: int, cols: int) -> tuple[Weight, ...]:
+            return tuple(random_weight(self.form, rows, cols, source) for _ in range(self.num_experts))
+
+        routed = (
+            matrices(self.hidden, self.width),
+            matrices(self.hidden, self.width),
+            matrices(self.width, self.hidden),
+        )
+        if self.shared is None:
+            return ExpertBank(*routed)
+        form, size = self.shared
+        up = (random_weight(form, size, self.width, source), random_weight(form, size, self.width, source))
+        return ExpertBank(*routed, shared=(*up, random_weight(form, self.width, size, source)))
+
+
+def experts_case(tokens: int, moe: Moe, act: torch.dtype, *, quantize: bool) -> Case:
+    """Every token in ``moe.slots`` different experts."""
+    slots, width = moe.slots, moe.width
 
     def make(seed: int) -> Call:
         source = generator(seed)
         x = _activations((tokens, width), act, source)
-        chosen = [torch.randperm(num_experts, generator=source)[:slots] for _ in range(tokens)]
+        chosen = [torch.randperm(moe.num_experts, generator=source)[:slots] for _ in range(tokens)]
         ids = torch.stack(chosen).int() if chosen else torch.empty(0, slots, dtype=torch.int32)
         weights = torch.rand(tokens, slots, generator=source)
-
-        def matrices(rows: int, cols: int) -> tuple[Weight, ...]:
-            return tuple(random_weight(form, rows, cols, source) for _ in range(num_experts))
-
-        bank = ExpertBank(matrices(hidden, width), matrices(hidden, width), matrices(width, hidden))
-        return Call((x, ids, weights, bank), {"limit": 10.0, "quantize": quantize})
+        return Call((x, ids, weights, moe.bank(source)), {"limit": 10.0, "quantize": quantize})
 
     if act == torch.float32 and not quantize:
-        share, reason = 4 * (width + hidden) / 16 * F32_UNIT, "products of f32 sums"
+        share, reason = 4 * (width + moe.hidden) / 16 * F32_UNIT, "products of f32 sums"
     elif not quantize:
         share, reason = 2 * BF16_STEP, "gate, up and hidden may each round to the neighbouring bf16 value"
     else:
         share, reason = 2.0**-5, "a hidden value on a rounding boundary may move by one E4M3 step, 2^-3 of it"
-    used = min(num_experts, tokens * slots)
+    used = min(moe.num_experts, tokens * slots)
+    features = tokens * slots * moe.hidden
+    weight_bytes = 3 * used * width * moe.hidden * WEIGHT_BYTES[moe.form]
+    shared = ""
+    if moe.shared is not None:
+        form, size = moe.shared
+        shared = f" and a shared {form} one of {size}"
+        features += tokens * size
+        weight_bytes += 3 * width * size * WEIGHT_BYTES[form]
     return Case(
         op="experts",
-        name=f"{tokens}x{width}, {slots} of {num_experts} {form} experts of {hidden}, {_name(act)}"
-        f"{', quantised' if quantize else ''}",
+        name=f"{tokens}x{width}, {slots} of {moe.num_experts} {moe.form} experts of {moe.hidden}{shared}, "
+        f"{_name(act)}{', quantised' if quantize else ''}",
         make_inputs=make,
-        tolerance=Tolerance(2 * F32_UNIT, share, reason + ", relative to the sum of |hidden w2|"),
+        tolerance=Tolerance(
+            BF16_STEP if act == torch.bfloat16 else 2 * F32_UNIT,
+            share,
+            reason + ", relative to the sum of |hidden w2|; then one rounding",
+        ),
         magnitude=_experts_magnitude,
         invariance=rows_alone(take_args(0, 1, 2)),
-        bytes=int(3 * used * width * hidden * WEIGHT_BYTES[form]) + tokens * width * (act.itemsize + 4),
-        flops=6 * tokens * slots * width * hidden,
+        bytes=int(weight_bytes) + 2 * tokens * width * act.itemsize,
+        flops=6 * features * width,
     )
 
 
@@ -251,21 +304,30 @@ def matrix_cases() -> tuple[Case, ...]:
     products += [linear_case(3, 10, 42, form, f32) for form in FORMATS]  # tails of lanes, blocks and tiles
     products += [linear_case(5, 7, 1, "f32", f32), linear_case(2, 300, 1000, "bf16", bf16, f32)]
     products += [linear_case(6, 64, 256, "fp8", f32, bf16), linear_case(0, 8, 16, "f32", f32)]
+    products += [
+        linear_case(n, 70, 300, form, act, quantize=True)
+        for n in (1, 20)
+        for form in FORMATS
+        for act in (f32, bf16)
+    ]
+    several = [
+        linears_case(n, 300, {"fp8": 50, "fp4": 130, "bf16": 24, "f32": 9}, bf16) for n in (0, 1, 7, 19)
+    ]
+    several.append(linears_case(5, 96, {"bf16": 40, "fp8": 260}, f32))
     grouped = [grouped_case(7, 3, 50, 96, "f32", f32), grouped_case(7, 3, 50, 96, "fp8", bf16)]
     grouped += [grouped_case(2, 4, 20, 64, "fp4", f32)]
-    clamps = [swiglu_case(5, 77, act, weighted=weighted) for act in (f32, bf16) for weighted in (False, True)]
-    clamps.append(swiglu_case(64, 512, bf16, weighted=True))
     banks = [
-        experts_case(9, 3, 6, 96, 40, "f32", f32, quantize=False),
-        experts_case(9, 3, 6, 96, 40, "bf16", bf16, quantize=False),
-        experts_case(8, 2, 5, 160, 136, "fp8", bf16, quantize=True),
-        experts_case(12, 2, 4, 160, 96, "fp4", bf16, quantize=True),
-        experts_case(4, 2, 4, 64, 48, "fp4", f32, quantize=True),
-        experts_case(0, 2, 4, 64, 48, "f32", f32, quantize=False),
+        experts_case(9, Moe(6, 3, 96, 40, "f32"), f32, quantize=False),
+        experts_case(9, Moe(6, 3, 96, 40, "bf16", ("bf16", 40)), bf16, quantize=False),
+        experts_case(8, Moe(5, 2, 160, 136, "fp8"), bf16, quantize=True),
+        experts_case(12, Moe(4, 2, 160, 96, "fp4", ("fp8", 200)), bf16, quantize=True),
+        experts_case(40, Moe(4, 2, 64, 272, "fp4", ("bf16", 48)), bf16, quantize=True),  # many rows an expert
+        experts_case(4, Moe(4, 2, 64, 48, "fp4", ("f32", 30)), f32, quantize=True),
+        experts_case(0, Moe(4, 2, 64, 48, "f32", ("f32", 48)), f32, quantize=False),
     ]
     routes = [
         topk_case(11, 40, 6, kind, biased=b) for kind in ("random", "plateau", "far") for b in (False, True)
     ]
     routes += [topk_case(70, 256, 6, "plateau", biased=True)]  # enough work for several threads
     routes += [topk_case(3, 5, 5, "random", biased=True), topk_case(4, 256, 6, "random", biased=True)]
-    return (*products, *grouped, *clamps, *banks, *routes, hash_case(9, 40, 6), hash_case(0, 8, 2))
+    return (*products, *several, *grouped, *banks, *routes, hash_case(9, 40, 6), hash_case(0, 8, 2))

@@ -43,11 +43,15 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class ExpertBank:
-    """The routed experts of one layer: w1 (gate) and w3 (up) [I, D], w2 (down) [D, I], one Weight each per expert."""
+    """The experts of one layer: w1 (gate) and w3 (up) [I, D], w2 (down) [D, I], one Weight each per routed expert, and the
+    shared expert's (w1, w3, w2), whose hidden size may be another. Matrices may be rewritten in place, not exchanged."""
 
     w1: tuple[Weight, ...]
     w3: tuple[Weight, ...]
     w2: tuple[Weight, ...]
+    shared: tuple[Weight, Weight, Weight] | None = None
+    # What a backend derives from the bank once: the checked addresses of its matrices.
+    derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,20 +180,22 @@ class OpTable:
     """(bytes [..., format.bytes] u8, format) -> [..., dim] f32, exact."""
 
     linear: Callable[..., Tensor]
-    """(x [T, K] act, weight: Weight [O, K], *, out_dtype=None) -> [T, O] of out_dtype (default act). Products with the dequantised
-    weight, accumulated in f32 in one fixed order over k. The input is NOT quantised here: callers apply quant_fp8 where 2.9 says."""
+    """(x [T, K] act, weight: Weight [O, K], *, quantize: bool = False, out_dtype=None) -> [T, O] of out_dtype (default act). Products with
+    the dequantised weight, accumulated in f32 in one fixed order over k. quantize: x passes quant_fp8(., 128) first if the weight's format is fp8
+    or fp4, as 2.9 says for activations; otherwise x is taken as it is."""
+
+    linears: Callable[..., tuple[Tensor, ...]]
+    """(x [T, K] act, weights: tuple[Weight, ...], *, quantize: tuple[bool, ...], out_dtypes: tuple[dtype | None, ...]) -> one [T, O_i] each:
+    linear(x, weights[i], quantize=quantize[i], out_dtype=out_dtypes[i]), bit for bit, in one pass."""
 
     grouped_linear: Callable[[Tensor, Weight], Tensor]
     """(x [T, G, K] act, weight [G * O, K]) -> [T, G, O] act: group g of x by rows g*O..(g+1)*O of the weight, as linear."""
 
-    swiglu: Callable[[Tensor, Tensor, float, Tensor | None], Tensor]
-    """(gate [T, I] act, up [T, I] act, limit, row weight [T] f32 or None) -> [T, I] act.
-    weight * silu(min(gate, limit)) * clip(up, -limit, limit)."""
-
     experts: Callable[..., Tensor]
-    """(x [T, D] act, ids [T, k] i32, weights [T, k] f32, bank: ExpertBank, *, limit: float, quantize: bool) -> [T, D] f32.
-    For each of the k slots in slot order: acc += f32(w2 . act(swiglu(act(w1 x), act(w3 x), limit, weight))), the expert's output rounded
-    to act before it is added. quantize: x and the swiglu result pass quant_fp8(., 128) before their products."""
+    """(x [T, D] act, ids [T, k] i32, weights [T, k] f32, bank: ExpertBank, *, limit: float, quantize: bool) -> [T, D] act. An expert's output is
+    act(w2 . act(weight * silu(min(act(w1 x), limit)) * clip(act(w3 x), -limit, limit))). The k chosen ones are added in f32 in slot order from zero,
+    then the shared expert's (weight 1), and the sum is rounded once. quantize: x and the hidden values are quantised before a product with an fp8 or
+    fp4 matrix, as in linear. An id outside 0..E-1 is refused; in a captured step, where nobody can be told, its token's result is NaN."""
 
     route_topk: Callable[[Tensor, Tensor | None, int, float], tuple[Tensor, Tensor]]
     """(logits [T, E] f32, bias [E] f32 or None, k, scale) -> ids [T, k] i32 ascending, weights [T, k] f32. score = sqrt(softplus(logit));

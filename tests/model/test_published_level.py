@@ -96,7 +96,12 @@ def unquantised_cache(s: Setup) -> Setup:
 
 HONEST = select("cpu", threads=1)
 BROKEN_OPS: dict[str, dict[str, Any]] = {
-    "inputs of FP8 weights not quantised": {"quant_fp8": lambda x, group: x},
+    "inputs of FP8 weights not quantised": {
+        "linear": lambda *args, quantize=False, **options: HONEST.linear(*args, **options),
+        "linears": lambda x, weights, quantize, out_dtypes: HONEST.linears(
+            x, weights, quantize=(False,) * len(weights), out_dtypes=out_dtypes
+        ),
+    },
     "experts' inputs not quantised": {
         "experts": lambda *args, limit, quantize: HONEST.experts(*args, limit=limit, quantize=False)
     },

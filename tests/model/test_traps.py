@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bittrue.engine.runner import Runner
 from bittrue.model.batch import Segment
-from bittrue.ops.contracts import Batch, OpTable
+from bittrue.ops.contracts import Batch, ExpertBank, OpTable
 from bittrue.ops.dispatch import select
 
 HONEST = select("cpu", threads=1)
@@ -112,8 +112,13 @@ def swapped_halves(u: Tensor, gate: Tensor, weights: Any, *rest: Any, **options:
     HONEST.csa_compress(u.roll(c, 1).contiguous(), gate.roll(c, 1).contiguous(), swapped, *rest, **options)
 
 
-def no_clamp_on_shared(gate: Tensor, up: Tensor, limit: float, weight: Tensor | None) -> Tensor:
-    return HONEST.swiglu(gate, up, limit if weight is not None else 1e9, weight)
+def no_clamp_on_shared(
+    x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertBank, *, limit: float, quantize: bool
+) -> Tensor:
+    routed = dataclasses.replace(bank, shared=None)
+    out = HONEST.experts(x, ids, weights, routed, limit=limit, quantize=quantize)
+    nobody, nothing = ids[:, :0].contiguous(), weights[:, :0].contiguous()
+    return out + HONEST.experts(x, nobody, nothing, bank, limit=1e9, quantize=quantize)
 
 
 TRAPS: dict[str, dict[str, Any]] = {
@@ -133,7 +138,7 @@ TRAPS: dict[str, dict[str, Any]] = {
             q, rows, batch, kv, ids, torch.full_like(sink, -1e30), cos, sin, **o
         )
     },
-    "9 no clamp on the shared expert": {"swiglu": no_clamp_on_shared},
+    "9 no clamp on the shared expert": {"experts": no_clamp_on_shared},
     "12 CSA overlap lost at a step boundary": {"csa_compress": without_overlap},
     "14 index visibility floor(t / 4)": {
         "index_topk": lambda q, w, batch, *rest, **o: HONEST.index_topk(q, w, earlier(batch), *rest, **o)
@@ -179,13 +184,14 @@ def test_a_routing_weight_after_the_down_projection_shows_at_the_published_level
     ids = random_ids(64, raw["vocab_size"], seed=1)
     want = published_trace(raw, tensors, ids).streams[-1]
 
-    def weight_last(x: Tensor, chosen: Tensor, weights: Tensor, bank: Any, **o: Any) -> Tensor:
+    def weight_last(x: Tensor, chosen: Tensor, weights: Tensor, bank: ExpertBank, **o: Any) -> Tensor:
         total = torch.zeros(x.shape, dtype=torch.float32)
+        ones, routed = torch.ones_like(weights[:, :1]), dataclasses.replace(bank, shared=None)
         for slot in range(chosen.shape[1]):
-            ones = torch.ones_like(weights[:, :1])
-            part = HONEST.experts(x, chosen[:, slot : slot + 1].contiguous(), ones, bank, **o)
-            total += (part * weights[:, slot, None]).to(x.dtype).float()
-        return total
+            part = HONEST.experts(x, chosen[:, slot : slot + 1].contiguous(), ones, routed, **o)
+            total += (part.float() * weights[:, slot, None]).to(x.dtype).float()
+        shared = HONEST.experts(x, chosen[:, :0].contiguous(), weights[:, :0].contiguous(), bank, **o)
+        return (total + shared.float()).to(x.dtype)
 
     def share_equal(ops: OpTable) -> float:
         runner = make_runner(raw, tensors, level="published", act="bf16", ops=ops)

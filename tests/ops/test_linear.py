@@ -38,7 +38,7 @@ def e4m3(byte: int) -> float:
     return sign * (1 + fraction / 8) * 2.0 ** (exponent - 7)
 
 
-@pytest.mark.parametrize("op", ["linear", "grouped_linear"])
+@pytest.mark.parametrize("op", ["linear", "linears", "grouped_linear"])
 def test_every_case_holds_on_every_implementation(op: str) -> None:
     for case in matrix_cases():
         if case.op == op:
@@ -112,7 +112,7 @@ def test_a_row_has_the_same_bits_in_every_batch_size(form: str, act: torch.dtype
     x = torch.randn(600, 192, generator=source).to(act)  # more rows than one pass takes
     use_threads(2)
     full = BEST.linear(x, weight)
-    for n in (1, 2, 3, 4, 5, 7, 16, 33):
+    for n in (1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 17, 33):
         assert bitwise_equal(BEST.linear(x[:n].contiguous(), weight), full[:n]) is None
         assert bitwise_equal(BEST.linear(x[-n:].contiguous(), weight), full[-n:]) is None
 
@@ -122,10 +122,75 @@ def test_stored_formats_give_the_bits_of_their_decoded_matrix(form: str) -> None
     source = torch.Generator().manual_seed(7)
     weight = random_weight(form, 140, 200, source)  # type: ignore[arg-type]
     plain = Weight(dequantize(weight), None, "f32")
-    for rows in (1, 3, 9):
+    for rows in (1, 3, 9, 40):
         x = torch.randn(rows, 200, generator=source)
         for table in CPU:
             assert bitwise_equal(table.linear(x, weight), table.linear(x, plain)) is None
+
+
+@pytest.mark.parametrize("form", ["fp8", "fp4"])
+@pytest.mark.parametrize("rows", [1, 9, 40])
+def test_extreme_scales_give_the_bits_of_the_decoded_matrix(form: str, rows: int) -> None:
+    """Scale bytes 0 and 254 and their neighbours: subnormal weights, infinite ones, and no product that
+    overflows on the way to a finite one."""
+    source = torch.Generator().manual_seed(16)
+    weight = random_weight(form, 130, 512, source)  # type: ignore[arg-type]
+    assert weight.scale is not None
+    extremes = torch.tensor([0, 1, 2, 245, 246, 247, 248, 253, 254], dtype=torch.uint8)
+    count = weight.scale.numel()
+    picked = extremes[torch.randint(0, 9, (count,), generator=source)].view(weight.scale.shape)
+    weight = Weight(weight.data, picked.view(torch.float8_e8m0fnu), weight.format)
+    x = torch.randn(rows, 512, generator=source) * 2.0**-20
+    plain = Weight(dequantize(weight), None, "f32")
+    for table in CPU:
+        got, want = table.linear(x, weight), table.linear(x, plain)
+        assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("table", [select("reference"), *CPU])
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("rows", [1, 6, 20])
+def test_quantised_input_is_that_of_quant_fp8_for_quantised_weights_only(table, form: str, rows: int) -> None:
+    source = torch.Generator().manual_seed(13)
+    weight = random_weight(form, 30, 200, source)  # type: ignore[arg-type]
+    x = torch.randn(rows, 200, generator=source).bfloat16()
+    got = table.linear(x, weight, quantize=True)
+    x8 = table.quant_fp8(x, 128)
+    assert bitwise_equal(got, table.linear(x8 if form in ("fp8", "fp4") else x, weight)) is None
+    assert (bitwise_equal(got, table.linear(x, weight)) is not None) == (form in ("fp8", "fp4"))
+
+
+@pytest.mark.parametrize("table", CPU)
+@pytest.mark.parametrize("rows", [1, 8, 21])
+def test_many_products_of_one_input_are_the_single_products(table, rows: int) -> None:
+    source = torch.Generator().manual_seed(14)
+    x = torch.randn(rows, 320, generator=source).bfloat16()
+    wide = torch.float32
+    parts = [
+        ("fp8", 130, True, None),
+        ("fp4", 60, True, None),
+        ("fp4", 5, False, wide),
+        ("f32", 24, False, wide),
+    ]
+    parts += [("bf16", 77, True, None), ("fp8", 9, False, None)]
+    weights = tuple(random_weight(form, size, 320, source) for form, size, _, _ in parts)  # type: ignore[arg-type]
+    quantize, dtypes = tuple(p[2] for p in parts), tuple(p[3] for p in parts)
+    got = table.linears(x, weights, quantize=quantize, out_dtypes=dtypes)
+    for out, weight, is_quantized, dtype in zip(got, weights, quantize, dtypes, strict=True):
+        want = table.linear(x, weight, quantize=is_quantized, out_dtype=dtype)
+        assert bitwise_equal(out, want) is None
+
+
+def test_captured_products_read_the_rows_of_each_replay() -> None:
+    source = torch.Generator().manual_seed(15)
+    weights = tuple(random_weight(form, 40, 96, source) for form in FORMATS)
+    call = {"quantize": (True,) * 4, "out_dtypes": (None,) * 4}
+    x = torch.zeros(3, 96)
+    assert BEST.capture is not None
+    captured = BEST.capture(lambda ops: ops.linears(x, weights, **call))
+    x.copy_(torch.randn(3, 96, generator=source))
+    for got, want in zip(captured.replay(), BEST.linears(x, weights, **call), strict=True):
+        assert bitwise_equal(got, want) is None
 
 
 def test_groups_give_the_bits_of_separate_products() -> None:
@@ -171,6 +236,9 @@ def test_wrong_arguments_are_refused_with_the_name_of_the_op() -> None:
         BEST.linear(torch.zeros(2, 64), Weight(weight.data, scales(0, 0).view(1, 2), "fp8"))
     with pytest.raises(ValueError, match="grouped_linear: 20 weight rows do not divide into 3 groups"):
         BEST.grouped_linear(torch.zeros(2, 3, 64), weight)
+    with pytest.raises(ValueError, match=r"linears: weights\[1\] takes 60 features, but the input has 64"):
+        narrow = Weight(torch.zeros(4, 60), None, "f32")
+        BEST.linears(torch.zeros(2, 64), (weight, narrow), quantize=(False,) * 2, out_dtypes=(None,) * 2)
 
 
 def test_reference_is_the_plain_product() -> None:

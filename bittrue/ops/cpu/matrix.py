@@ -1,5 +1,6 @@
-"""Binds the matrix kernels: linear, grouped_linear, swiglu, experts and the routers."""
+"""Binds the matrix kernels: linear, linears, grouped_linear, experts and the routers."""
 
+import ctypes
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -32,23 +33,48 @@ def check_weight(op: str, name: str, weight: Weight, inputs: int) -> None:
     check(op, f"{name}.scale", weight.scale, shape, torch.float8_e8m0fnu)
 
 
-def _product_ops(kernels: Kernels) -> dict[str, Callable[..., Any]]:
-    run = kernels.bind("linear", PTR, I64, I64, I64, I64, I64, PTR, PTR, I64, PTR, I64)
+def _stored(weight: Weight) -> tuple[int, int, int]:
+    """What a kernel knows of a matrix: the addresses of data and scale, and the format."""
+    return weight.data.data_ptr(), pointer(weight.scale), FORMAT_CODES[weight.format]
 
-    def product(x: Tensor, groups: int, inputs: int, outputs: int, weight: Weight, out: Tensor) -> Tensor:
+
+def _product_ops(kernels: Kernels) -> dict[str, Callable[..., Any]]:
+    run = kernels.bind("linear", PTR, I64, I64, I64, I64, I64, PTR, PTR, I64, I64, PTR, I64)
+    run_many = kernels.bind("linears", PTR, I64, I64, I64, PTR, I64)
+
+    def linear(
+        x: Tensor, weight: Weight, *, quantize: bool = False, out_dtype: torch.dtype | None = None
+    ) -> Tensor:
+        check("linear", "x", x, (None, None), *ACT_DTYPES)
+        num_tokens, inputs = x.shape
+        check_weight("linear", "weight", weight, inputs)
+        outputs = weight.shape[0]
+        out = torch.empty(num_tokens, outputs, dtype=out_dtype or x.dtype)
         run(
-            x.data_ptr(), dtype_code(x.dtype), x.shape[0], groups, inputs, outputs,
-            weight.data.data_ptr(), pointer(weight.scale), FORMAT_CODES[weight.format],
-            out.data_ptr(), dtype_code(out.dtype),
+            x.data_ptr(), dtype_code(x.dtype), num_tokens, 1, inputs, outputs, *_stored(weight),
+            quantize, out.data_ptr(), dtype_code(out.dtype),
         )  # fmt: skip
         return out
 
-    def linear(x: Tensor, weight: Weight, *, out_dtype: torch.dtype | None = None) -> Tensor:
-        check("linear", "x", x, (None, None), *ACT_DTYPES)
-        check_weight("linear", "weight", weight, x.shape[1])
-        outputs = weight.shape[0]
-        out = torch.empty(x.shape[0], outputs, dtype=out_dtype or x.dtype)
-        return product(x, 1, x.shape[1], outputs, weight, out)
+    def linears(
+        x: Tensor,
+        weights: tuple[Weight, ...],
+        *,
+        quantize: tuple[bool, ...],
+        out_dtypes: tuple[torch.dtype | None, ...],
+    ) -> tuple[Tensor, ...]:
+        check("linears", "x", x, (None, None), *ACT_DTYPES)
+        num_tokens, inputs = x.shape
+        results, records = [], []  # records: struct Product of csrc/linear.cpp
+        for i, (weight, is_quantized, dtype) in enumerate(zip(weights, quantize, out_dtypes, strict=True)):
+            check_weight("linears", f"weights[{i}]", weight, inputs)
+            outputs = weight.shape[0]
+            out = torch.empty(num_tokens, outputs, dtype=dtype or x.dtype)
+            records += [*_stored(weight), outputs, is_quantized, out.data_ptr(), dtype_code(out.dtype)]
+            results.append(out)
+        products = (I64 * len(records))(*records)
+        run_many(x.data_ptr(), dtype_code(x.dtype), num_tokens, inputs, ctypes.byref(products), len(weights))
+        return tuple(results)
 
     def grouped_linear(x: Tensor, weight: Weight) -> Tensor:
         check("grouped_linear", "x", x, (None, None, None), *ACT_DTYPES)
@@ -60,9 +86,14 @@ def _product_ops(kernels: Kernels) -> dict[str, Callable[..., Any]]:
                 f"grouped_linear: {weight.shape[0]} weight rows do not divide into {groups} groups"
             )
         out = torch.empty(num_tokens, groups, outputs, dtype=x.dtype)
-        return product(x, groups, inputs, outputs, weight, out)
+        code = dtype_code(x.dtype)
+        run(
+            x.data_ptr(), code, num_tokens, groups, inputs, outputs, *_stored(weight),
+            False, out.data_ptr(), code,
+        )  # fmt: skip
+        return out
 
-    return {"linear": linear, "grouped_linear": grouped_linear}
+    return {"linear": linear, "linears": linears, "grouped_linear": grouped_linear}
 
 
 def dequantizer(kernels: Kernels) -> Callable[[Weight], Tensor]:
@@ -72,85 +103,68 @@ def dequantizer(kernels: Kernels) -> Callable[[Weight], Tensor]:
     def dequantize(weight: Weight) -> Tensor:
         check_weight("dequantize", "weight", weight, weight.shape[1])
         out = torch.empty(weight.shape, dtype=torch.float32)
-        run(
-            weight.data.data_ptr(),
-            pointer(weight.scale),
-            FORMAT_CODES[weight.format],
-            *weight.shape,
-            out.data_ptr(),
-        )
+        run(*_stored(weight), *weight.shape, out.data_ptr())
         return out
 
     return dequantize
 
 
-def _expert_pointers(bank: ExpertBank, active: list[int], width: int, hidden: int) -> tuple[Tensor, int]:
-    """Addresses [A, 6] of data and scale of w1, w3, w2 of the active experts, and the format they share."""
-    form = bank.w1[active[0]].format
-    addresses = []
-    for e in active:
-        row = []
-        for name, weight, inputs in (
-            ("w1", bank.w1[e], width),
-            ("w3", bank.w3[e], width),
-            ("w2", bank.w2[e], hidden),
+def _expert_records(bank: ExpertBank) -> ctypes.Array[ctypes.c_int64]:
+    """The checked matrices of a bank, nine words an expert (struct Expert of csrc/experts.cpp), the shared
+    one last."""
+    if not len(bank.w1) == len(bank.w3) == len(bank.w2) > 0:
+        counts = f"{len(bank.w1)}, {len(bank.w3)}, {len(bank.w2)}"
+        raise ValueError(f"experts: w1, w3 and w2 must be of the same experts, not {counts}")
+    hidden, width = bank.w1[0].shape
+    experts = [
+        (f"[{e}]", hidden, group) for e, group in enumerate(zip(bank.w1, bank.w3, bank.w2, strict=True))
+    ]
+    if bank.shared is not None:
+        experts.append((" of the shared expert", bank.shared[0].shape[0], bank.shared))
+    records: list[int] = []
+    for which, size, (w1, w3, w2) in experts:
+        for name, weight, rows, cols in (
+            ("w1", w1, size, width),
+            ("w3", w3, size, width),
+            ("w2", w2, width, size),
         ):
-            check_weight("experts", f"{name}[{e}]", weight, inputs)
-            if weight.format != form:
-                raise ValueError(f"experts: {name}[{e}] is {weight.format}, but w1[{active[0]}] is {form}")
-            row += [weight.data.data_ptr(), pointer(weight.scale)]
-        addresses.append(row)
-    return torch.tensor(addresses, dtype=torch.int64), FORMAT_CODES[form]
+            check_weight("experts", name + which, weight, cols)
+            if weight.shape[0] != rows:
+                raise ValueError(f"experts: {name}{which} must have {rows} rows, not {weight.shape[0]}")
+            records += _stored(weight)
+    packed: ctypes.Array[ctypes.c_int64] = (I64 * len(records))(*records)
+    return packed
 
 
 def _expert_ops(kernels: Kernels) -> dict[str, Callable[..., Any]]:
-    run_swiglu = kernels.bind("swiglu", PTR, PTR, PTR, PTR, I64, I64, I64, F32)
-    run_experts = kernels.bind(
-        "experts", PTR, I64, I64, I64, I64, I64, PTR, PTR, I64, PTR, I64, F32, I64, PTR
-    )
-
-    def swiglu(gate: Tensor, up: Tensor, limit: float, weight: Tensor | None) -> Tensor:
-        check("swiglu", "gate", gate, (None, None), *ACT_DTYPES)
-        check("swiglu", "up", up, tuple(gate.shape), gate.dtype)
-        if weight is not None:
-            check("swiglu", "weight", weight, (gate.shape[0],), torch.float32)
-        out = torch.empty_like(gate)
-        run_swiglu(
-            gate.data_ptr(),
-            up.data_ptr(),
-            pointer(weight),
-            out.data_ptr(),
-            dtype_code(gate.dtype),
-            *gate.shape,
-            limit,
-        )
-        return out
+    run = kernels.bind("experts", PTR, I64, I64, I64, I64, I64, I64, I64, PTR, PTR, PTR, F32, I64, PTR, PTR)
+    fault = (I64 * 2)()  # (1, the id) once a call met an id that is no expert's
 
     def experts(
         x: Tensor, ids: Tensor, weights: Tensor, bank: ExpertBank, *, limit: float, quantize: bool
     ) -> Tensor:
-        check("experts", "x", x, (None, None), *ACT_DTYPES)
-        num_tokens, width = x.shape
+        records = bank.derived.get("cpu")
+        if records is None:
+            records = bank.derived["cpu"] = _expert_records(bank)
+        hidden, width = bank.w1[0].shape
+        check("experts", "x", x, (None, width), *ACT_DTYPES)
+        num_tokens = x.shape[0]
         check("experts", "ids", ids, (num_tokens, None), torch.int32)
         slots = ids.shape[1]
         check("experts", "weights", weights, (num_tokens, slots), torch.float32)
-        if ids.numel() == 0:
-            return torch.zeros(num_tokens, width)
-        unique, segment = torch.unique(ids, return_inverse=True)
-        active = unique.tolist()
-        if active[0] < 0 or active[-1] >= len(bank.w1):
-            raise ValueError(f"experts: ids must lie in 0..{len(bank.w1) - 1}, not {active[0]}..{active[-1]}")
-        hidden = bank.w1[active[0]].shape[0]
-        addresses, form = _expert_pointers(bank, active, width, hidden)
-        segment = segment.int()
-        out = torch.empty(num_tokens, width)
-        run_experts(
-            x.data_ptr(), dtype_code(x.dtype), num_tokens, slots, width, hidden, segment.data_ptr(),
-            weights.data_ptr(), len(active), addresses.data_ptr(), form, limit, int(quantize), out.data_ptr(),
+        shared_hidden = 0 if bank.shared is None else bank.shared[0].shape[0]
+        out = torch.empty(num_tokens, width, dtype=x.dtype)
+        run(
+            x.data_ptr(), dtype_code(x.dtype), num_tokens, slots, width, hidden, shared_hidden, len(bank.w1),
+            ids.data_ptr(), weights.data_ptr(), ctypes.byref(records), limit, quantize, out.data_ptr(),
+            ctypes.byref(fault),
         )  # fmt: skip
+        if fault[0]:
+            wrong_id, fault[0] = fault[1], 0
+            raise ValueError(f"experts: ids must lie in 0..{len(bank.w1) - 1}, not {wrong_id}")
         return out
 
-    return {"swiglu": swiglu, "experts": experts}
+    return {"experts": experts}
 
 
 def _router_ops(kernels: Kernels) -> dict[str, Callable[..., Any]]:

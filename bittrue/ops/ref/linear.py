@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from bittrue.config.formats import ACT_GROUP
 from bittrue.ops.contracts import Weight
+from bittrue.ops.ref.quant import quant_fp8
 
 FP8_BLOCK = 128  # rows and columns that share one scale
 FP4_GROUP = 32  # columns that share one scale
@@ -36,12 +38,27 @@ def dequantize(weight: Weight) -> Tensor:
     return fp4_values(weight.data) * scale.repeat_interleave(FP4_GROUP, 1)[:, :num_cols]
 
 
-def linear(x: Tensor, weight: Weight, *, out_dtype: torch.dtype | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Weight, *, quantize: bool = False, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    if quantize and weight.format in ("fp8", "fp4"):
+        x = quant_fp8(x, ACT_GROUP)
     matrix = dequantize(weight)
     out = torch.empty(x.shape[0], matrix.shape[0], dtype=out_dtype or x.dtype)
     for t in range(x.shape[0]):
         out[t] = (x[t].float() * matrix).sum(-1)
     return out
+
+
+def linears(
+    x: Tensor,
+    weights: tuple[Weight, ...],
+    *,
+    quantize: tuple[bool, ...],
+    out_dtypes: tuple[torch.dtype | None, ...],
+) -> tuple[Tensor, ...]:
+    parts = zip(weights, quantize, out_dtypes, strict=True)
+    return tuple(linear(x, weight, quantize=q, out_dtype=out) for weight, q, out in parts)
 
 
 def grouped_linear(x: Tensor, weight: Weight) -> Tensor:

@@ -69,57 +69,94 @@ BT f32x16 fp4_round(f32x16 x) {
     return copysign(select(less(a, set1(2.0f)), fine, r), x);
 }
 
-// ---- sixteen at a time (unscaled values)
+// Sixteen scaled values for every scale byte: value nibble of byte b is FP4_SCALED[b][nibble]. Sixteen kilobytes, of which a
+// matrix touches the lines of the few scales it has; a lookup replaces the product with the scale.
+struct Fp4Scaled {
+    alignas(64) float of[256][16];
+};
+constexpr float fp4_scaled(int nibble, int byte) {
+    const int magnitude = nibble & 7, half = magnitude > 1 ? magnitude & 1 : 0;
+    const int exponent = (magnitude == 1 ? -1 : magnitude / 2 - 1) + byte - 127;
+    uint32_t bits = uint32_t(exponent + 127) << 23 | uint32_t(half) << 22;
+    if (exponent < -126) bits = uint32_t(2 + half) << (exponent + 148);  // subnormal, in units of 2^-149
+    if (exponent > 127) bits = 0x7f800000u;
+    if (magnitude == 0) bits = 0;
+    return __builtin_bit_cast(float, bits | uint32_t(nibble & 8) << 28);
+}
+constexpr Fp4Scaled fp4_scaled_values() {
+    Fp4Scaled table{};
+    for (int byte = 0; byte < 256; ++byte)
+        for (int nibble = 0; nibble < 16; ++nibble) table.of[byte][nibble] = fp4_scaled(nibble, byte);
+    return table;
+}
+constexpr Fp4Scaled FP4_SCALED = fp4_scaled_values();
+
+// ---- sixteen at a time
+// fp8_low(p): 2^-8 times the values. A byte's four exponent bits become the low four of a half's five; the half's own
+// conversion does the subnormals.
+// fp4_lanes(p, values): values[nibble] in fp4's order of lanes. AVX-512 spreads one 64-bit load over all lanes and shifts each:
+// lane 2i holds element i, lane 2i + 1 element 8 + i. Inputs are brought to this order once, results back to the natural one.
+#if BITTRUE_ISA_CODE > 0
+BT __m256i fp8_halves(const uint8_t* p) {
+    __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_and_si256(_mm256_slli_epi16(w, 7), _mm256_set1_epi16(int16_t(0xbf80)));
+}
+#endif
 #if BITTRUE_ISA_CODE == 2
-BT f32x16 decode_fp8(__m128i bytes) {
-    // As a half: the four exponent bits fall into a half's low four, so the value is 2^-8 of the right one.
-    __m256i w = _mm256_cvtepu8_epi16(bytes);
-    __m256i h = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x7f)), 7),
-                                _mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x80)), 8));
-    return {_mm512_mul_ps(_mm512_cvtph_ps(h), _mm512_set1_ps(256.0f))};
+constexpr bool FP4_HAS_OWN_ORDER = true;
+BT f32x16 fp8_low(const uint8_t* p) { return {_mm512_cvtph_ps(fp8_halves(p))}; }
+BT f32x16 fp4_lanes(const uint8_t* p, const float* values) {
+    int64_t bits;
+    std::memcpy(&bits, p, 8);
+    const __m512i shifts = _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
+    __m512i w = _mm512_srlv_epi32(_mm512_set1_epi64(bits), shifts);
+    return {_mm512_permutexvar_ps(w, _mm512_load_ps(values))};  // reads the low four bits of each index
 }
-BT f32x16 decode_fp4(__m128i bytes) {  // 8 bytes
-    __m128i twice = _mm_unpacklo_epi8(bytes, bytes);
-    __m512i w = _mm512_cvtepu8_epi32(twice);
-    w = _mm512_srlv_epi32(w, _mm512_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4));
-    return {_mm512_permutexvar_ps(w, _mm512_load_ps(FP4_VALUES))};  // reads the low four bits of each index
+BT f32x16 to_fp4_order(f32x16 a) {
+    const __m512i from = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    return {_mm512_permutexvar_ps(from, a.v)};
 }
-#elif BITTRUE_ISA_CODE == 1
-BT f32x16 decode_fp8(__m128i bytes) {
-    __m256i w = _mm256_cvtepu8_epi16(bytes);
-    __m256i h = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x7f)), 7),
-                                _mm256_slli_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0x80)), 8));
-    const __m256 k = _mm256_set1_ps(256.0f);
-    return {_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), k),
-            _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), k)};
+BT f32x16 from_fp4_order(f32x16 a) {
+    const __m512i from = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    return {_mm512_permutexvar_ps(from, a.v)};
 }
-BT __m256 decode_fp4_8(__m128i twice) {
-    __m256i w = _mm256_srlv_epi32(_mm256_cvtepu8_epi32(twice), _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
-    __m256 magnitude = _mm256_permutevar8x32_ps(_mm256_load_ps(FP4_VALUES), w);  // reads the low three bits
-    __m256i sign = _mm256_slli_epi32(_mm256_and_si256(w, _mm256_set1_epi32(8)), 28);
-    return _mm256_or_ps(magnitude, _mm256_castsi256_ps(sign));
+#else
+constexpr bool FP4_HAS_OWN_ORDER = false;
+BT f32x16 to_fp4_order(f32x16 a) { return a; }
+BT f32x16 from_fp4_order(f32x16 a) { return a; }
+#endif
+#if BITTRUE_ISA_CODE == 1
+BT f32x16 fp8_low(const uint8_t* p) {
+    __m256i h = fp8_halves(p);
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
 }
-BT f32x16 decode_fp4(__m128i bytes) {
-    __m128i twice = _mm_unpacklo_epi8(bytes, bytes);
-    return {decode_fp4_8(twice), decode_fp4_8(_mm_srli_si128(twice, 8))};
+BT __m256 fp4_lanes8(const uint8_t* p, __m256 magnitudes) {
+    int32_t bits;
+    std::memcpy(&bits, p, 4);
+    __m256i w = _mm256_srlv_epi32(_mm256_set1_epi32(bits), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    __m256i sign = _mm256_and_si256(_mm256_slli_epi32(w, 28), _mm256_set1_epi32(int32_t(0x80000000)));
+    // The permutation reads the low three bits of each index.
+    return _mm256_or_ps(_mm256_permutevar8x32_ps(magnitudes, w), _mm256_castsi256_ps(sign));
+}
+BT f32x16 fp4_lanes(const uint8_t* p, const float* values) {
+    __m256 magnitudes = _mm256_load_ps(values);
+    return {fp4_lanes8(p, magnitudes), fp4_lanes8(p + 4, magnitudes)};
+}
+#elif BITTRUE_ISA_CODE == 0
+BT f32x16 fp8_low(const uint8_t* p) {
+    f32x16 r;
+    for (int i = 0; i < 16; ++i) r.v[i] = float_of((p[i] & 0x7fu) << 20 | (p[i] & 0x80u) << 24) * 0x1p112f;
+    return r;
+}
+BT f32x16 fp4_lanes(const uint8_t* p, const float* values) {
+    f32x16 r;
+    for (int i = 0; i < 16; ++i) r.v[i] = values[(p[i / 2] >> (4 * (i & 1))) & 15];
+    return r;
 }
 #endif
 
-#if BITTRUE_ISA_CODE > 0
-BT f32x16 load_fp8(const uint8_t* p) { return decode_fp8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-BT f32x16 load_fp4(const uint8_t* p) { return decode_fp4(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
-#else
-BT f32x16 load_fp8(const uint8_t* p) {
-    f32x16 r;
-    for (int i = 0; i < 16; ++i) r.v[i] = float_of((p[i] & 0x7fu) << 20 | (p[i] & 0x80u) << 24) * 0x1p120f;
-    return r;
-}
-BT f32x16 load_fp4(const uint8_t* p) {
-    f32x16 r;
-    for (int i = 0; i < 16; ++i) r.v[i] = fp4_value(uint8_t(p[i / 2] >> (4 * (i & 1))));
-    return r;
-}
-#endif
+BT f32x16 load_fp8(const uint8_t* p) { return mul(fp8_low(p), set1(256.0f)); }
+BT f32x16 load_fp4(const uint8_t* p) { return from_fp4_order(fp4_lanes(p, FP4_VALUES)); }
 // NaN bytes decode as +-480 in load_fp8: they never reach a kernel. p of load_fp4 holds element 2i in the low nibble.
 
 // The first n of sixteen elements, the rest 0.

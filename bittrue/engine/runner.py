@@ -18,7 +18,7 @@ from bittrue.ops.traced import traced
 # Logits of one block of rows are held at a time: 64 rows of 129,280 ids are 33 MB.
 LOGIT_ROWS = 64
 # Sequences of a captured step at most: beyond, the kernels take far longer than the Python between them.
-GRAPH_SEQUENCES = 0
+GRAPH_SEQUENCES = 32
 
 
 class Runner:

@@ -28,6 +28,7 @@ BT i32x16 load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 BT i32x16 load_n(const int32_t* p, int64_t n) { return {_mm512_maskz_loadu_epi32(first_lanes(n), p)}; }
 BT void store(int32_t* p, i32x16 a) { _mm512_storeu_si512(p, a.v); }
 BT i32x16 max(i32x16 a, i32x16 b) { return {_mm512_max_epi32(a.v, b.v)}; }
+BT i32x16 min(i32x16 a, i32x16 b) { return {_mm512_min_epi32(a.v, b.v)}; }
 BT i32x16 shift_left(i32x16 a, i32x16 by) { return {_mm512_sllv_epi32(a.v, by.v)}; }
 // Bit i: a > b in lane i, signed.
 BT uint32_t greater_bits(i32x16 a, i32x16 b) { return _mm512_cmpgt_epi32_mask(a.v, b.v); }
@@ -50,6 +51,7 @@ BT void store(int32_t* p, i32x16 a) {
     _mm256_storeu_si256(q + 1, a.hi);
 }
 BT i32x16 max(i32x16 a, i32x16 b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
+BT i32x16 min(i32x16 a, i32x16 b) { return {_mm256_min_epi32(a.lo, b.lo), _mm256_min_epi32(a.hi, b.hi)}; }
 BT i32x16 shift_left(i32x16 a, i32x16 by) { return {_mm256_sllv_epi32(a.lo, by.lo), _mm256_sllv_epi32(a.hi, by.hi)}; }
 BT uint32_t greater_bits(i32x16 a, i32x16 b) {
     return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a.lo, b.lo)))) |
@@ -72,6 +74,7 @@ BT i32x16 load_n(const int32_t* p, int64_t n) {
 }
 BT void store(int32_t* p, i32x16 a) { std::memcpy(p, &a, sizeof a); }
 BITTRUE_BINARY(max, i32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
+BITTRUE_BINARY(min, i32x16, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
 BITTRUE_BINARY(shift_left, i32x16, int32_t(uint32_t(a.v[i]) << b.v[i]))
 BT uint32_t greater_bits(i32x16 a, i32x16 b) {
     uint32_t m = 0;
@@ -152,17 +155,6 @@ BT void transpose16(i32x16* a) {
 }
 #endif
 
-// Sixteen rows of `words` words, `stride` words apart, to columns: out[w * out_stride + row].
-inline void transpose_rows(const int32_t* const* rows, int64_t words, int32_t* out, int64_t out_stride) {
-    for (int64_t w = 0; w < words; w += 16) {
-        const int64_t n = words - w < 16 ? words - w : 16;
-        i32x16 a[16];
-        for (int64_t i = 0; i < 16; ++i) a[i] = n == 16 ? load(rows[i] + w) : load_n(rows[i] + w, n);
-        transpose16(a);
-        for (int64_t i = 0; i < n; ++i) store(out + (w + i) * out_stride, a[i]);
-    }
-}
-
 // ---- bytes: sum + the four products of the unsigned bytes of a with the signed bytes of b. Two of them fit 15 bits.
 
 #if BITTRUE_ISA_CODE == 2
@@ -196,11 +188,38 @@ BT f32x16 high_of(i32x16 pairs) { return as_float(bit_and(pairs, set1(int32_t(0x
 
 constexpr float LEAST_FACTOR = 0x1p-50f;
 BT f32x16 flushed(f32x16 x) { return select(less(abs(x), set1(LEAST_FACTOR)), zero(), x); }
-// NaN is kept: it compares false.
 BT i32x16 pairs_of(f32x16 low, f32x16 high) {
     return bit_or(shift_right<16>(as_int(low)), bit_and(as_int(high), set1(int32_t(0xffff0000))));
 }
+// The same on pairs: 0x2680 is 2^-50. NaN is kept.
+#if BITTRUE_ISA_CODE == 2
+BT i32x16 flush_pairs(i32x16 pairs) {
+    __m512i size = _mm512_and_si512(pairs.v, _mm512_set1_epi16(0x7fff));
+    return {_mm512_maskz_mov_epi16(_mm512_cmpgt_epi16_mask(size, _mm512_set1_epi16(0x267f)), pairs.v)};
+}
+#elif BITTRUE_ISA_CODE == 1
+BT __m256i flush_pairs(__m256i pairs) {
+    __m256i size = _mm256_and_si256(pairs, _mm256_set1_epi16(0x7fff));
+    return _mm256_and_si256(_mm256_cmpgt_epi16(size, _mm256_set1_epi16(0x267f)), pairs);
+}
+BT i32x16 flush_pairs(i32x16 pairs) { return {flush_pairs(pairs.lo), flush_pairs(pairs.hi)}; }
+#else
 BT i32x16 flush_pairs(i32x16 pairs) { return pairs_of(flushed(low_of(pairs)), flushed(high_of(pairs))); }
+#endif
+
+// Sixteen rows of `words` words to columns: out[w * out_stride + row]. FLUSH: rows are pairs as stored.
+template <bool FLUSH> inline void transpose_rows(const int32_t* const* rows, int64_t words, int32_t* out, int64_t out_stride) {
+    for (int64_t w = 0; w < words; w += 16) {
+        const int64_t n = words - w < 16 ? words - w : 16;
+        i32x16 a[16];
+        for (int64_t i = 0; i < 16; ++i) {
+            a[i] = n == 16 ? load(rows[i] + w) : load_n(rows[i] + w, n);
+            if constexpr (FLUSH) a[i] = flush_pairs(a[i]);
+        }
+        transpose16(a);
+        for (int64_t i = 0; i < n; ++i) store(out + (w + i) * out_stride, a[i]);
+    }
+}
 
 #if BITTRUE_ISA_CODE == 2
 BT f32x16 dot_pairs(f32x16 sum, i32x16 a, i32x16 b) {

@@ -64,30 +64,33 @@ struct Found {
     int32_t threshold;  // the k-th best: only what is larger matters, because later ids lose a tie
 };
 
-BT int64_t found_room(int64_t k) { return 2 * k + 8 * BLOCK_ROWS; }
+BT int64_t found_room(int64_t k) { return (2 * k + 8 * BLOCK_ROWS + 15) / 16 * 16; }
 
 // ---- the choice
 
 // Of n scores with ascending ids keeps the k largest, ties to the smaller id, in the order they have; returns the k-th.
 int32_t keep_best(int32_t* scores, int32_t* ids, int64_t n, int64_t k) {
-    uint32_t prefix = 0, mask = 0;
-    int64_t wanted = k;  // how many of the scores with this prefix are kept
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        int32_t counts[256] = {};
-        for (int64_t i = 0; i < n; ++i) {
-            const uint32_t u = uint32_t(scores[i]) ^ 0x80000000u;
-            counts[(u >> shift) & 255] += (u & mask) == prefix;
-        }
-        int64_t byte = 255;
-        while (counts[byte] < wanted) wanted -= counts[byte--];
-        prefix |= uint32_t(byte) << shift;
-        mask |= 255u << shift;
+    const int32_t lowest = int32_t(0x80000000);
+    for (int64_t i = n; i % 16 != 0; ++i) scores[i] = lowest;
+    // The k-th largest bit by bit: the largest bound that k scores reach.
+    uint32_t bound = 0;
+    for (uint32_t bit = 0x80000000u; bit != 0; bit >>= 1) {
+        const i32x16 below = set1(int32_t(((bound | bit) - 1) ^ 0x80000000u));
+        int64_t reach = 0;
+        for (int64_t i = 0; i < n; i += 16) reach += __builtin_popcount(greater_bits(load(scores + i), below));
+        if (reach >= k) bound |= bit;
     }
-    const int32_t kth = int32_t(prefix ^ 0x80000000u);
-    for (int64_t i = 0, num = 0; num < k; ++i) {
-        if (scores[i] < kth || (scores[i] == kth && wanted-- <= 0)) continue;
-        scores[num] = scores[i];
-        ids[num++] = ids[i];
+    const int32_t kth = int32_t(bound ^ 0x80000000u);
+    int64_t ties = k;  // how many of those equal to it are kept
+    for (int64_t i = 0; i < n; i += 16) ties -= __builtin_popcount(greater_bits(load(scores + i), set1(kth)));
+    int64_t num = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t score = scores[i];
+        const int64_t tied = score == kth && ties > 0, kept = score > kth || tied;
+        scores[num] = score;
+        ids[num] = ids[i];
+        ties -= tied;
+        num += kept;
     }
     return kth;
 }
@@ -186,37 +189,59 @@ template <Words W, class T> void prepare(const Step&, const Index& x, const Quer
 
 // The stored rows of 16 keys of sequence s; those after `most` are its last.
 BT void key_rows(const Step& step, const Pages& pages, int64_t s, int64_t first, int64_t most, const uint8_t** rows) {
-    for (int64_t j = 0; j < 16; ++j) rows[j] = pages.entry(step, s, first + j < most ? first + j : most - 1);
+    if (first >= most) first = most - 1;
+    const int64_t last = most - 1 - first, at = first % pages.per_page;
+    const uint8_t* row = pages.entry(step, s, first);
+    if (at + 16 <= pages.per_page)
+        for (int64_t j = 0; j < 16; ++j) rows[j] = row + (j < last ? j : last) * pages.row_bytes;
+    else
+        for (int64_t j = 0; j < 16; ++j) rows[j] = pages.entry(step, s, first + (j < last ? j : last));
+}
+
+// Asks for the keys that follow a block: pages lie anywhere, so the processor does not foresee them.
+BT void fetch_block(const Step& step, const Pages& pages, int64_t s, int64_t first, int64_t most) {
+    for (int64_t j = first; j < first + BLOCK_ROWS && j < most; j += 16) {
+        const uint8_t* row = pages.entry(step, s, j);
+        for (int64_t i = 0; i < 16 * pages.row_bytes; i += 64) __builtin_prefetch(row + i);
+    }
+}
+
+// The least scale may be that of a group of zeros, which has every power of two: it gets the least of the key's others.
+void align_zeros(const uint8_t* const* rows, const RowSpec& row, int32_t (*shifts)[16], i32x16* least, i32x16* most) {
+    int32_t low[16], high[16];
+    for (int64_t j = 0; j < 16; ++j) {
+        bool is_zero[16];
+        low[j] = 255, high[j] = 0;
+        for (int64_t g = 0; g < row.num_scales(); ++g) {
+            is_zero[g] = true;
+            for (int64_t i = 0; i < FP4_GROUP / 2; ++i) is_zero[g] = is_zero[g] && (rows[j][g * FP4_GROUP / 2 + i] & 0x77) == 0;
+            if (is_zero[g]) continue;
+            low[j] = shifts[g][j] < low[j] ? shifts[g][j] : low[j];
+            high[j] = shifts[g][j] > high[j] ? shifts[g][j] : high[j];
+        }
+        if (high[j] == 0 && low[j] == 255) low[j] = high[j] = 127;
+        for (int64_t g = 0; g < row.num_scales(); ++g)
+            if (is_zero[g]) shifts[g][j] = low[j];
+    }
+    *least = load(low), *most = load(high);
 }
 
 // FP4 keys as bytes with BYTE_BIAS, 16 a vector: out [dim / 4, BLOCK_ROWS]; scales [16] their powers of two. False when a
 // key's groups need different ones.
 bool key_bytes(const uint8_t* const* rows, const RowSpec& row, int32_t* out, float* scales) {
     const int64_t groups = row.num_scales(), code_bytes = row.dim / 2;
-    int32_t shifts[16][16], least[16], most[16];
-    for (int64_t j = 0; j < 16; ++j) least[j] = 1 << 20, most[j] = -1;
+    int32_t shifts[16][16];
+    i32x16 least = set1(int32_t(255)), most = set1(int32_t(0));
     for (int64_t g = 0; g < groups; ++g) {
         for (int64_t j = 0; j < 16; ++j) shifts[g][j] = rows[j][code_bytes + g];
-        for (int64_t j = 0; j < 16; ++j) {
-            if (shifts[g][j] <= 1) {  // the least scale is that of a group of zeros, which has every power of two
-                bool is_zero = true;
-                for (int64_t i = 0; i < FP4_GROUP / 2; ++i) is_zero = is_zero && (rows[j][g * FP4_GROUP / 2 + i] & 0x77) == 0;
-                if (is_zero) {
-                    shifts[g][j] = -1;
-                    continue;
-                }
-            }
-            least[j] = shifts[g][j] < least[j] ? shifts[g][j] : least[j];
-            most[j] = shifts[g][j] > most[j] ? shifts[g][j] : most[j];
-        }
+        least = min(least, load(shifts[g]));
+        most = max(most, load(shifts[g]));
     }
-    bool ok = true;
-    for (int64_t j = 0; j < 16; ++j) {
-        if (most[j] < 0) least[j] = most[j] = 127;
-        ok = ok && most[j] - least[j] <= MOST_SHIFT && least[j] >= LEAST_EXPONENT && most[j] <= MOST_EXPONENT;
-        scales[j] = float_of(uint32_t(least[j] - 1) << 23);
-    }
-    if (!ok) return false;
+    if (greater_bits(set1(int32_t(2)), least) != 0) align_zeros(rows, row, shifts, &least, &most);
+    const uint32_t apart = greater_bits(sub(most, least), set1(int32_t(MOST_SHIFT))) |
+                           greater_bits(set1(int32_t(LEAST_EXPONENT)), least) | greater_bits(most, set1(int32_t(MOST_EXPONENT)));
+    if (apart != 0) return false;
+    store(scales, as_float(shift_left<23>(sub(least, set1(int32_t(1))))));
     const i32x16 nibbles = set1(int32_t(0x0f0f0f0f));
     for (int64_t w = 0; w < code_bytes / 4; w += 16) {
         const int64_t n = code_bytes / 4 - w < 16 ? code_bytes / 4 - w : 16;
@@ -227,10 +252,7 @@ bool key_bytes(const uint8_t* const* rows, const RowSpec& row, int32_t* out, flo
         }
         transpose16(codes);
         for (int64_t i = 0; i < n; ++i) {
-            int32_t* own = shifts[(w + i) * 8 / FP4_GROUP];
-            if (i % (FP4_GROUP / 8) == 0)
-                for (int64_t j = 0; j < 16; ++j) own[j] = own[j] < 0 ? 0 : own[j] - least[j];
-            const i32x16 by = load(own);
+            const i32x16 by = sub(load(shifts[(w + i) * 8 / FP4_GROUP]), least);
             const i32x16 rest = sub(set1(int32_t(BYTE_BIAS * 0x01010101)), shift_left(set1(int32_t(12 * 0x01010101)), by));
             const i32x16 even = lookup_bytes(FP4_LEAST_BIAS, bit_and(codes[i], nibbles));
             const i32x16 odd = lookup_bytes(FP4_LEAST_BIAS, bit_and(shift_right<4>(codes[i]), nibbles));
@@ -243,20 +265,19 @@ bool key_bytes(const uint8_t* const* rows, const RowSpec& row, int32_t* out, flo
 
 // Keys as the words of a query_words<W> query, transposed: out [words, BLOCK_ROWS].
 template <Words W> void key_words(const uint8_t* const* rows, const RowSpec& row, int64_t words, int32_t* out) {
-    constexpr bool stored_words = W != Words::F32;
-    int32_t* natural = words_scratch.get<int32_t>(16 * words);
     const int32_t* own[16];
+    if (W != Words::F32 && row.dim % 2 == 0) {
+        for (int64_t j = 0; j < 16; ++j) own[j] = reinterpret_cast<const int32_t*>(rows[j]);
+        return transpose_rows<true>(own, row.dim / 2, out, BLOCK_ROWS);
+    }
+    int32_t* natural = words_scratch.get<int32_t>(16 * words);
+    std::memset(natural, 0, size_t(16 * words) * 4);
     for (int64_t j = 0; j < 16; ++j) {
         own[j] = natural + j * words;
-        std::memset(natural + j * words, 0, size_t(words) * 4);
-        if constexpr (stored_words) {
-            std::memcpy(natural + j * words, rows[j], size_t(row.dim) * 2);
-            for (int64_t w = 0; w < words; w += 16) store(natural + j * words + w, flush_pairs(load(natural + j * words + w)));
-        } else {
-            unpack_row(rows[j], reinterpret_cast<float*>(natural + j * words), row);
-        }
+        if constexpr (W == Words::F32) unpack_row(rows[j], reinterpret_cast<float*>(natural + j * words), row);
+        else std::memcpy(natural + j * words, rows[j], size_t(row.dim) * 2);
     }
-    transpose_rows(own, words, out, BLOCK_ROWS);
+    transpose_rows<W != Words::F32>(own, words, out, BLOCK_ROWS);
 }
 
 // ---- scores
@@ -385,6 +406,7 @@ void score_part(const Step& step, const Index& x, const Queries& q, const Tile& 
             else if (dim % FP4_GROUP != 0 || dim > 16 * FP4_GROUP) block.integer = false;
             else block.integer = key_bytes(rows, x.row, block.columns + j, block.scales + j) && block.integer;
         }
+        fetch_block(step, pages, tile.seq, first + BLOCK_ROWS, to);
         for (int64_t i = 0; i < tile.count; ++i) {
             const int64_t left = x.visible(step, tile.first + i) - first, n = left < block.count ? left : block.count;
             if (n <= 0) continue;
@@ -404,7 +426,7 @@ void score_part(const Step& step, const Index& x, const Queries& q, const Tile& 
 void merge(const Found* parts, int64_t stride, int64_t num_parts, int64_t k, int32_t* ids) {
     int64_t n = 0;
     for (int64_t p = 0; p < num_parts; ++p) n += parts[p * stride].count;
-    int32_t *scores = choose_scratch.get<int32_t>(2 * n), *own = scores + n;
+    int32_t *scores = choose_scratch.get<int32_t>(2 * pad16(n)), *own = scores + pad16(n);
     n = 0;
     for (int64_t p = 0; p < num_parts; ++p) {
         const Found& part = parts[p * stride];
@@ -496,4 +518,3 @@ BITTRUE_EXPORT(index_topk)(const Step* step, const Index* x) {
     if (has_dot_pairs()) return run<Words::PAIRS, bf16>(*step, *x);
     run<Words::MIXED, bf16>(*step, *x);
 }
-BITTRUE_REPLAYABLE(index_topk)

@@ -5,7 +5,6 @@ Needs the standard library only: workers run in environments of their own.
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -80,7 +79,9 @@ def _answer(stream: Any, answer: dict[str, Any]) -> None:
 
 
 def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most this process ever had in memory. (ru_maxrss would begin with what the driver had.)"""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 class Worker:
@@ -114,11 +115,12 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the worker {self.name} ended with code {self._process.wait()}; see above")
+            raise RuntimeError(f"the worker {self.name} ended with code {self.end()}; see above")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def end(self) -> None:
+    def end(self) -> int:
+        """Closes the pipes, which ends the worker, and waits for it: its exit code."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         try:
@@ -127,3 +129,4 @@ class Worker:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+        return self._process.returncode

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,8 +46,10 @@ class Cell:
     context: int
 
 
+WARM_TOKENS = 64  # of each prompt, computed once before anything is timed
 CELLS = (Cell(1, 256), Cell(1, 4096), Cell(8, 4096), Cell(1, 32768))
-QUICK_CELLS = (Cell(1, 256), Cell(2, 512))
+QUICK_WARM_TOKENS = 64  # of each prompt, computed once before anything is timed
+CELLS = (Cell(1, 256), Cell(2, 512))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,9 @@ class Comparison:
     def measure(self, cell: Cell) -> Iterator[Measurement]:
         prompts = [random_ids(cell.context, self.vocab_size, seed) for seed in range(cell.batch)]
         timings = {name: Timings() for name in self.workers}
+        for worker in self.workers.values():
+            worker.ask("open", prompts=[prompt[:WARM_TOKENS] for prompt in prompts])
+            worker.ask("close")
         for number in range(self.turns.prefill_rounds):
             for name in self._order(number):
                 self._prefill(name, prompts, timings[name])
@@ -165,27 +171,23 @@ def prepare(folder: Path, preset: str, names: Sequence[str], peers_python: str) 
     return paths
 
 
-def start(names: Sequence[str], paths: dict[str, Path], threads: int, python: str) -> dict[str, Worker]:
-    workers = {}
-    for name in names:
-        words = {key: str(path.resolve()) for key, path in paths.items()} | {"threads": str(threads)}
-        command = [python, *(word.format_map(words) for word in PEERS[name])]
-        workers[name] = Worker(name, command, threads=threads)
-        tell(f"{name}: {workers[name].facts}")
-    return workers
-
-
-def start_ours(name: str, checkpoint: Path, cells: Sequence[Cell], threads: int, act: str) -> Worker:
-    bounds = [
-        "--max-context",
-        str(max(c.context for c in cells)),
-        "--max-batch",
-        str(max(c.batch for c in cells)),
-    ]
-    command = [sys.executable, "worker_bittrue.py", str(checkpoint.resolve()), "--act", act]
-    worker = Worker(name, [*command, "--threads", str(threads), *bounds], threads=threads)
+def start(stack: ExitStack, name: str, command: Sequence[str], threads: int) -> Worker:
+    """A worker that ends with ``stack``."""
+    worker = Worker(name, command, threads=threads)
+    stack.callback(worker.end)
     tell(f"{name}: {worker.facts}")
     return worker
+
+
+def peer_command(name: str, paths: dict[str, Path], threads: int, python: str) -> list[str]:
+    words = {key: str(path.resolve()) for key, path in paths.items()} | {"threads": str(threads)}
+    return [python, *(word.format_map(words) for word in PEERS[name])]
+
+
+def our_command(checkpoint: Path, threads: int, act: str, cells: Sequence[Cell]) -> list[str]:
+    longest, most = max(cell.context for cell in cells), max(cell.batch for cell in cells)
+    command = [sys.executable, "worker_bittrue.py", str(checkpoint.resolve()), "--act", act]
+    return [*command, "--threads", str(threads), "--max-context", str(longest), "--max-batch", str(most)]
 
 
 def check(
@@ -255,36 +257,46 @@ def main() -> None:
     rounds = (1, 2) if arguments.quick else (arguments.prefill_rounds, arguments.decode_rounds)
     turns = Turns(*rounds, arguments.steps, arguments.seconds, arguments.patience)
     paths = prepare(arguments.folder, arguments.preset, names, arguments.peers_python)
-    ours = start_ours(OURS, paths["checkpoint"], cells, arguments.threads, "auto")
-    workers = {OURS: ours, **start(names, paths, arguments.threads, arguments.peers_python)}
+    with ExitStack() as stack:
+        compare_all(stack, arguments, paths, names, cells, turns)
+
+
+def compare_all(
+    stack: ExitStack,
+    arguments: argparse.Namespace,
+    paths: dict[str, Path],
+    names: Sequence[str],
+    cells: Sequence[Cell],
+    turns: Turns,
+) -> None:
+    """Starts every engine, checks it, measures every cell and writes what is known after each."""
+    threads, checkpoint = arguments.threads, paths["checkpoint"]
+    workers = {OURS: start(stack, OURS, our_command(checkpoint, threads, "auto", cells), threads)}
+    for name in names:
+        command = peer_command(name, paths, threads, arguments.peers_python)
+        workers[name] = start(stack, name, command, threads)
     config: dict[str, Label] = {
         "preset": arguments.preset,
         "weights": PRECISION,
-        "threads": arguments.threads,
+        "threads": threads,
         **{f"{name} {key}": value for name, worker in workers.items() for key, value in worker.facts.items()},
     }
-    model = ModelConfig.from_file(paths["checkpoint"] / "config.json")
+    model = ModelConfig.from_file(checkpoint / "config.json")
     found: list[Measurement] = []
     if not arguments.no_check:
         # Just before the index leaves rows out, where float32 must agree to rounding, and well after.
         lengths = [unpruned_tokens(model) - 12, unpruned_tokens(model) + 1000][: 1 if arguments.quick else 2]
         tell("checking outputs")
-        exact = start_ours(
-            "bittrue-f32", paths["checkpoint"], [Cell(1, max(lengths))], arguments.threads, "f32"
-        )
-        found += check(workers, exact, model, lengths)
-        exact.end()
+        with ExitStack() as only_here:
+            command = our_command(checkpoint, threads, "f32", [Cell(1, max(lengths))])
+            found += check(workers, start(only_here, f"{OURS}-f32", command, threads), model, lengths)
     comparison = Comparison(workers, turns, model.vocab_size)
-    command = shlex.join(["python", *sys.argv])
     for cell in cells:
         tell(f"batch {cell.batch}, context {cell.context}")
         found += comparison.measure(cell)
-        # After every cell: a run that is cut off keeps what it has.
-        write_result(arguments.out, new_result("peers", command, config, found))
+        write_result(arguments.out, new_result("peers", shlex.join(["python", *sys.argv]), config, found))
         for m in found[-2:]:
             tell(f"  {m.name}: {m.median:.2f} ({m.labels['peer']})")
-    for worker in workers.values():
-        worker.end()
 
 
 if __name__ == "__main__":

@@ -48,8 +48,7 @@ class Cell:
 
 WARM_TOKENS = 64  # of each prompt, computed once before anything is timed
 CELLS = (Cell(1, 256), Cell(1, 4096), Cell(8, 4096), Cell(1, 32768))
-QUICK_WARM_TOKENS = 64  # of each prompt, computed once before anything is timed
-CELLS = (Cell(1, 256), Cell(2, 512))
+QUICK_CELLS = (Cell(1, 256), Cell(2, 512))
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +217,12 @@ def unpruned_tokens(config: ModelConfig) -> int:
     return CSA_RATIO * config.index_topk
 
 
+def command_line(arguments: argparse.Namespace) -> str:
+    """As it was typed, but for where the peers' environment lies on this machine."""
+    words = ["peers/bin/python" if word == arguments.peers_python else word for word in sys.argv]
+    return shlex.join(["python", *words])
+
+
 def tell(line: str) -> None:
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
@@ -294,7 +299,7 @@ def compare_all(
     for cell in cells:
         tell(f"batch {cell.batch}, context {cell.context}")
         found += comparison.measure(cell)
-        write_result(arguments.out, new_result("peers", shlex.join(["python", *sys.argv]), config, found))
+        write_result(arguments.out, new_result("peers", command_line(arguments), config, found))
         for m in found[-2:]:
             tell(f"  {m.name}: {m.median:.2f} ({m.labels['peer']})")
 

@@ -8,21 +8,23 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bittrue.config.formats import ActDtype, ceil_div
-from bittrue.kv.layout import CSA_RATIO, HCA_RATIO, PAGE_TOKENS, KVLayout, PartName, pages_for
+from bittrue.kv.layout import HCA_RATIO, PAGE_TOKENS, KVLayout, PartName, pages_for
 
 # What the engine process holds before any checkpoint: Python, torch and the other libraries, as measured
 # (Linux x86-64, CPU build of torch 2.13). The tables of tokenizer and grammar come on top, by vocabulary.
-PROCESS_BYTES = 264 << 20
-VOCAB_ENTRY_BYTES = 1 << 10
+PROCESS_BYTES = 260 << 20
+VOCAB_ENTRY_BYTES = 1792
 
 # A token id that waits or is in the cache: an int, and its places in the request and in the sequence.
 TOKEN_BYTES = 48
 
 LOGIT_ROWS = 64  # rows of logits at a time (engine/runner.py)
 _LOGIT_COPIES = 4  # logits, scores, and what sampling sorts
-# Work space of the kernels (ops/cpu/csrc): index scores of one pass, decoded cache rows and weight rows a
-# thread holds.
-_PASS_SCORES = 8 << 20
+GRAPH_SEQUENCES = 32  # decode steps of up to so many sequences are captured (engine/runner.py)
+_OS_PAGE_BYTES = 4096
+# Work space of the kernels (ops/cpu/csrc): tokens of one pass of the index, places for what its threads find,
+# decoded cache rows and weight rows a thread holds.
+_INDEX_CELLS, _INDEX_CELLS_PER_THREAD = 2048, 192
 _KEPT_ROWS_BYTES = 1 << 20
 _PANEL_ROWS = 64
 _PARTS: tuple[PartName, ...] = ("rows", "keys", "window", "csa", "csa_index", "hca_fold", "hca_pending")
@@ -33,6 +35,8 @@ class StepShape(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
     @property
     def hidden_size(self) -> int: ...
     @property
@@ -80,7 +84,8 @@ class Ledger:
     """Bytes by kind, which add up to ``total``.
 
     ``weights``: the mapped files; ``kv_*``: the pages; ``state_*``: the state slots; ``tokens``: the ids of
-    the sequences that fill the pages; ``step``: buffers of the largest step; ``process``: the program itself.
+    the sequences that fill the pages; ``step``: buffers of the largest step;
+    ``graphs``: those of captured decode steps; ``process``: the program itself.
     """
 
     lines: dict[str, int]
@@ -115,6 +120,7 @@ def memory_ledger(
     lines = {"weights": weight_bytes, **pools}
     lines["tokens"] = pages * PAGE_TOKENS * TOKEN_BYTES
     lines["step"] = step_bytes(shape, act=act, bounds=bounds)
+    lines["graphs"] = graph_bytes(shape, act=act, pages=pages, bounds=bounds)
     lines["process"] = PROCESS_BYTES + shape.vocab_size * VOCAB_ENTRY_BYTES
     return Ledger(lines)
 
@@ -123,18 +129,32 @@ def step_bytes(shape: StepShape, *, act: ActDtype, bounds: StepBounds) -> int:
     """A bound on the buffers of one step: activations, and the kernels' work space, which is kept.
 
     Linear in ``max_step_tokens`` and in the model's widths; of the context it depends only where one token
-    lists what it reads (index scores, HCA rows, page ids).
+    lists what it reads (HCA rows, page ids).
     """
     tokens = min(bounds.max_step_tokens, bounds.max_running * bounds.max_context)
-    in_act = (2 if act == "bf16" else 4) * (_attention_width(shape) + _experts_width(shape))
-    in_f32 = 4 * _f32_width(shape)
     rows = min(LOGIT_ROWS, bounds.max_running)
     logits = rows * shape.vocab_size * 4 * _LOGIT_COPIES
     page_table = 2 * 4 * bounds.max_running * pages_for(bounds.max_context)
-    own_scores = ceil_div(bounds.max_context, CSA_RATIO)
-    scores = 4 * max(own_scores, min(tokens * own_scores, _PASS_SCORES))
-    per_thread = _thread_bytes(shape, bounds.max_context)
-    return tokens * (in_act + in_f32) + logits + page_table + scores + bounds.threads * per_thread
+    cells = max(_INDEX_CELLS, _INDEX_CELLS_PER_THREAD * bounds.threads)
+    found = cells * (16 * shape.index_topk + 64)
+    threads = bounds.threads * _thread_bytes(shape, bounds.max_context)
+    return tokens * _token_bytes(shape, act) + logits + page_table + found + threads
+
+
+def graph_bytes(shape: StepShape, *, act: ActDtype, pages: int, bounds: StepBounds) -> int:
+    """What captured decode steps keep: every result of every layer, in memory that all of them share, and
+    each a page table of its own, resident where it has been written."""
+    most = min(GRAPH_SEQUENCES, bounds.max_running)
+    row_bytes = min(pages, pages_for(bounds.max_context)) * 4
+    rows = most * (most + 1) // 2
+    tables = min(rows * row_bytes, rows * _OS_PAGE_BYTES + most * pages * 4)
+    return most * (shape.num_layers * _token_bytes(shape, act) + shape.vocab_size * 4) + tables
+
+
+def _token_bytes(shape: StepShape, act: ActDtype) -> int:
+    """Of one token, what a layer's sub-layers hold."""
+    in_act = (2 if act == "bf16" else 4) * (_attention_width(shape) + _experts_width(shape))
+    return in_act + 4 * _f32_width(shape)
 
 
 def _attention_width(shape: StepShape) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from bittrue.config.formats import ActDtype, Level
 from bittrue.kv.layout import KVLayout, LayerKind
-from bittrue.kv.ledger import PROCESS_BYTES, StepBounds, memory_ledger, step_bytes
+from bittrue.kv.ledger import PROCESS_BYTES, StepBounds, graph_bytes, memory_ledger, step_bytes
 
 KIND: dict[int, LayerKind] = {0: "window", 4: "csa", 128: "hca"}
 
@@ -57,7 +57,8 @@ def test_lines_add_up_to_the_pools_the_weights_and_the_rest(level: Level, act: A
     assert lines["weights"] == 160 << 30
     assert lines["tokens"] == 48 * 128_000
     assert lines["step"] == step_bytes(Shape(), act=act, bounds=BOUNDS)
-    assert lines["process"] == PROCESS_BYTES + (129_280 << 10)
+    assert lines["graphs"] == graph_bytes(Shape(), act=act, pages=1000, bounds=BOUNDS)
+    assert lines["process"] == PROCESS_BYTES + 129_280 * 1792
     assert ledger.total == sum(lines.values())
     assert all(count > 0 for count in lines.values())
 
@@ -78,9 +79,21 @@ def test_the_buffers_of_a_step_grow_with_its_tokens_and_hardly_with_the_context(
     assert at(max_step_tokens=4096) - at(max_step_tokens=2048) == 2048 * per_token
     # Flash, one token: about a megabyte of queries, expert rows and streams.
     assert 0.4e6 < per_token < 2e6
-    # A million tokens of context against 4096: page ids, the scores of one pass, lists of rows. No more.
-    assert at(max_context=1 << 20) - at(max_context=4096) < 130 << 20
+    # A million tokens of context against 4096: page ids, and lists of rows by thread. No more.
+    assert at(max_context=1 << 20) - at(max_context=4096) < 60 << 20
     assert at(max_context=1 << 20) < 1 << 30
+
+
+def test_captured_steps_hold_a_token_of_every_layer_by_sequence() -> None:
+    def at(most: int, pages: int = 1000) -> int:
+        return graph_bytes(Shape(), act="bf16", pages=pages, bounds=replace(BOUNDS, max_running=most))
+
+    assert 43 * 0.4e6 < at(1) < 43 * 2e6
+    assert at(32) > 30 * at(1)
+    assert at(32) == at(1000)  # more sequences are not captured
+    assert (
+        0 < at(8, pages=100_000) - at(8, pages=1000) <= 36 * 8192 * 4
+    )  # a table row: page ids of one sequence
 
 
 def test_wider_activations_and_more_threads_take_more() -> None:

@@ -20,12 +20,20 @@ BT void weights_of(const float* scores, const int32_t* ids, int64_t k, float sca
 // The k largest by (value descending, id ascending), as ascending ids: a sorted list of the best so far.
 BT void choose(const float* values, int64_t experts, int64_t k, int32_t* ids) {
     int64_t kept = 0;
-    for (int64_t e = 0; e < experts; ++e) {
-        if (kept == k && !(values[e] > values[ids[k - 1]])) continue;
+    const auto insert = [&](int64_t e) {
+        if (kept == k && !(values[e] > values[ids[k - 1]])) return;
         int64_t j = kept < k ? kept++ : k - 1;
         for (; j > 0 && values[e] > values[ids[j - 1]]; --j) ids[j] = ids[j - 1];
         ids[j] = int32_t(e);
+    };
+    int64_t e = 0;
+    for (; e < k; ++e) insert(e);
+    for (; e + 16 <= experts; e += 16) {
+        // Of sixteen values most are below the smallest kept; the others are looked at in order.
+        uint32_t larger = to_bits(less(set1(values[ids[k - 1]]), load(values + e)));
+        for (; larger != 0; larger &= larger - 1) insert(e + __builtin_ctz(larger));
     }
+    for (; e < experts; ++e) insert(e);
     for (int64_t i = 1; i < k; ++i) {
         int32_t id = ids[i];
         int64_t j = i;
@@ -52,12 +60,13 @@ bool route_by_table(const float* logits, const int64_t* chosen, int64_t experts,
 // logits [tokens, experts], bias [experts] or null -> ids, weights [tokens, k]; k <= experts.
 BITTRUE_EXPORT(route_topk)(const float* logits, const float* bias, int64_t tokens, int64_t experts, int64_t k,
                            float scale, int32_t* ids, float* weights) {
-    PARALLEL_FOR(t, tokens, tokens * experts * 16) {
+    PARALLEL_FOR(t, tokens, tokens * experts * 4) {
         float* scores = score_scratch.get<float>(2 * experts);
         float* ranked = scores + experts;
         scores_of(logits + t * experts, experts, scores);
-        for (int64_t e = 0; e < experts; ++e) ranked[e] = bias ? scores[e] + bias[e] : scores[e];
-        choose(ranked, experts, k, ids + t * k);
+        for (int64_t e = 0; bias != nullptr && e < experts; e += 16)
+            store_n(ranked + e, add(load_n(scores + e, experts - e), load_n(bias + e, experts - e)), experts - e);
+        choose(bias != nullptr ? ranked : scores, experts, k, ids + t * k);
         weights_of(scores, ids + t * k, k, scale, weights + t * k);
     };
 }

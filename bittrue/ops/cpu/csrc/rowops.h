@@ -179,6 +179,30 @@ template <class From, class To> inline void convert_row(const From* x, To* out, 
     for (int64_t i = 0; i < n; i += 16) store_n(out + i, load_n(x + i, n - i), n - i);
 }
 
+// The bytes of E4M3 values (see fp8_byte), and the nibbles of E2M1 values (see fp4_nibble), in the low bits of the lanes.
+BT i32x16 fp8_bytes(f32x16 values) {
+    const i32x16 u = as_int(abs(values)), sign = bit_and(shift_right<24>(as_int(values)), set1(int32_t(0x80)));
+    // Below 2^-6 the byte counts steps of 2^-9: adding 2^23 leaves their number in the low bits.
+    const i32x16 steps = bit_and(as_int(add(mul(abs(values), set1(512.0f)), set1(0x1p23f))), set1(int32_t(0xff)));
+    const i32x16 normal = sub(shift_right<20>(u), set1(int32_t(960)));
+    const mask16 is_small = less(abs(values), set1(0x1p-6f));
+    return bit_or(as_int(select(is_small, as_float(steps), as_float(normal))), sign);
+}
+
+BT i32x16 fp4_nibbles(f32x16 values) {
+    const i32x16 u = as_int(abs(values)), sign = bit_and(shift_right<28>(as_int(values)), set1(int32_t(8)));
+    const i32x16 normal = sub(shift_right<22>(u), set1(int32_t(252)));
+    const f32x16 small = select(equal(values, zero()), zero(), as_float(set1(int32_t(1))));
+    return bit_or(as_int(select(less(abs(values), set1(1.0f)), small, as_float(normal))), sign);
+}
+
+// Eight bytes, a nibble in each, to four bytes: the even ones in the low halves.
+BT uint32_t paired(uint64_t nibbles) {
+    uint64_t x = (nibbles | nibbles >> 4) & 0x00ff00ff00ff00ffull;
+    x = (x | x >> 8) & 0x0000ffff0000ffffull;
+    return uint32_t(x | x >> 16);
+}
+
 template <class T> inline void pack_fp8_row(const T* x, uint8_t* row, const RowSpec& spec) {
     const int64_t n = spec.quantised();
     uint8_t* scales = row + n + 2 * spec.rope_dim;
@@ -188,10 +212,8 @@ template <class T> inline void pack_fp8_row(const T* x, uint8_t* row, const RowS
         f32x16 inverse = set1(inverse_pow2(scale));
         scales[g / KV_GROUP] = scale_byte(scale);
         for (int64_t i = g; i < end; i += 16) {
-            float values[16];
-            store(values, fp8_round(mul(load_n(x + i, end - i), inverse)));
             uint8_t codes[16];
-            for (int64_t j = 0; j < 16; ++j) codes[j] = fp8_byte(values[j]);
+            store_bytes(codes, fp8_bytes(fp8_round(mul(load_n(x + i, end - i), inverse))));
             std::memcpy(row + i, codes, size_t(end - i < 16 ? end - i : 16));
         }
     }
@@ -208,11 +230,9 @@ template <class T> inline void pack_fp4_row(const T* x, uint8_t* row, const RowS
         f32x16 inverse = set1(inverse_pow2(scale));
         row[n / 2 + g / FP4_GROUP] = scale_byte(scale);
         for (int64_t i = g; i < end; i += 16) {
-            float values[16];
-            store(values, fp4_round(mul(load_n(x + i, end - i), inverse)));
-            uint8_t codes[8];
-            for (int64_t j = 0; j < 8; ++j)
-                codes[j] = uint8_t(fp4_nibble(values[2 * j]) | fp4_nibble(values[2 * j + 1]) << 4);
+            uint64_t nibbles[2];
+            store_bytes(reinterpret_cast<uint8_t*>(nibbles), fp4_nibbles(fp4_round(mul(load_n(x + i, end - i), inverse))));
+            const uint32_t codes[2] = {paired(nibbles[0]), paired(nibbles[1])};
             std::memcpy(row + i / 2, codes, size_t((end - i < 16 ? end - i : 16) / 2));
         }
     }

@@ -10,25 +10,58 @@ float row_max(const float* x, int64_t n) {
     return hmax(m);
 }
 
-// Blocks of 1024, then the blocks: a vocabulary is long enough for a single chain to lose digits.
-float sum_exp(const float* x, int64_t n, float largest) {
-    f32x16 total = zero();
-    for (int64_t start = 0; start < n; start += 1024) {
-        const int64_t end = start + 1024 < n ? start + 1024 : n;
-        f32x16 block = zero();
-        for (int64_t i = start; i < end; i += 16) {
-            f32x16 e = exp(sub(load_n(x + i, end - i), set1(largest)));
-            block = add(block, select(lanes_below(end - i), e, zero()));
-        }
-        total = add(total, block);
-    }
-    return hsum(total);
+constexpr int64_t CHUNK = 4096;  // values that one thread takes at a time
+constexpr int64_t BLOCK = 1024;  // a vocabulary is long enough for a single chain to lose digits: blocks, then the blocks
+
+thread_local Scratch chunk_scratch;  // of the calling thread
+
+// Sixteen chains of exp(x - largest) over n <= BLOCK values.
+f32x16 sum_exp(const float* x, int64_t n, f32x16 largest) {
+    f32x16 block = zero();
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) block = add(block, exp(sub(load(x + i), largest)));
+    if (i < n) block = add(block, select(lanes_below(n - i), exp(sub(load_n(x + i, n - i), largest)), zero()));
+    return block;
 }
 
-void log_softmax_row(const float* x, float* out, int64_t n) {
-    const float largest = row_max(x, n);
-    const f32x16 shift = add(set1(largest), log(set1(sum_exp(x, n, largest))));
+// What is subtracted from a row: max + log(sum of the blocks, in order). `blocks` are [count, 16].
+f32x16 log_shift(float largest, const float* blocks, int64_t count) {
+    f32x16 total = zero();
+    for (int64_t b = 0; b < count; ++b) total = add(total, load(blocks + 16 * b));
+    return add(set1(largest), log(set1(hsum(total))));
+}
+
+void subtract(const float* x, f32x16 shift, float* out, int64_t n) {
     for (int64_t i = 0; i < n; i += 16) store_n(out + i, sub(load_n(x + i, n - i), shift), n - i);
+}
+
+void sum_blocks(const float* x, int64_t n, float largest, float* blocks) {
+    for (int64_t i = 0; i < n; i += BLOCK)
+        store(blocks + i / BLOCK * 16, sum_exp(x + i, n - i < BLOCK ? n - i : BLOCK, set1(largest)));
+}
+
+// Rows one by one, each by one thread while it is in its cache.
+void log_softmax_rows(const float* x, float* out, int64_t rows, int64_t n) {
+    const int64_t count = (n + BLOCK - 1) / BLOCK;
+    PARALLEL_FOR(r, rows, rows * n) {
+        float* blocks = chunk_scratch.get<float>(count * 16);
+        const float largest = row_max(x + r * n, n);
+        sum_blocks(x + r * n, n, largest, blocks);
+        subtract(x + r * n, log_shift(largest, blocks, count), out + r * n, n);
+    };
+}
+
+// One row by all threads; the blocks and their order are those of the row by itself.
+void log_softmax_long_row(const float* x, float* out, int64_t n) {
+    const int64_t count = (n + BLOCK - 1) / BLOCK, chunks = (n + CHUNK - 1) / CHUNK;
+    float* blocks = chunk_scratch.get<float>(count * 16 + chunks);
+    float* tops = blocks + count * 16;
+    const auto size = [&](int64_t c) { return n - c * CHUNK < CHUNK ? n - c * CHUNK : CHUNK; };
+    PARALLEL_FOR(c, chunks, n / 4) { tops[c] = row_max(x + c * CHUNK, size(c)); };
+    const float largest = row_max(tops, chunks);
+    PARALLEL_FOR(c, chunks, n) { sum_blocks(x + c * CHUNK, size(c), largest, blocks + c * (CHUNK / BLOCK) * 16); };
+    const f32x16 shift = log_shift(largest, blocks, count);
+    PARALLEL_FOR(c, chunks, n / 4) { subtract(x + c * CHUNK, shift, out + c * CHUNK, size(c)); };
 }
 
 // ---- noise. Plain loops over LANES counters: the compiler makes vectors of them, and no operation here may fuse.
@@ -81,9 +114,9 @@ void negative_log(double* x, int n) {
     }
 }
 
-// out [n]: -log(-log((h + 1/2) / 2^24)), h the top 24 bits of each word
-void gumbel_row(uint64_t seed, uint64_t position, float* out, int64_t n) {
-    for (int64_t first = 0; first < n; first += 4 * LANES) {
+// out [begin..end): -log(-log((h + 1/2) / 2^24)), h the top 24 bits of each word; begin a multiple of 4 * LANES
+void gumbel_values(uint64_t seed, uint64_t position, float* out, int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += 4 * LANES) {
         uint32_t words[4][LANES];
         philox(uint32_t(first / 4), position, seed, words);
         double u[4 * LANES];
@@ -91,15 +124,11 @@ void gumbel_row(uint64_t seed, uint64_t position, float* out, int64_t n) {
             for (int i = 0; i < LANES; ++i) u[4 * i + j] = (double(int32_t(words[j][i] >> 8)) + 0.5) * 0x1p-24;
         negative_log(u, 4 * LANES);
         negative_log(u, 4 * LANES);
-        for (int64_t i = 0; i < 4 * LANES && first + i < n; ++i) out[first + i] = float(u[i]);
+        for (int64_t i = 0; i < 4 * LANES && first + i < end; ++i) out[first + i] = float(u[i]);
     }
 }
 
 // ---- argmax: the largest of every chunk, then the first chunk that holds the largest of all
-
-constexpr int64_t CHUNK = 4096;  // values that one thread takes at a time
-
-thread_local Scratch chunk_scratch;  // of the calling thread
 
 // The largest value of x [n], or a NaN when there is one.
 float row_max_or_nan(const float* x, int64_t n) {
@@ -147,13 +176,18 @@ BITTRUE_REPLAYABLE(argmax)
 
 // logits, out [rows, n]
 BITTRUE_EXPORT(log_softmax)(const float* __restrict logits, float* __restrict out, int64_t rows, int64_t n) {
-    PARALLEL_FOR(r, rows, rows * n * 8) { log_softmax_row(logits + r * n, out + r * n, n); };
+    if (rows > 4) return log_softmax_rows(logits, out, rows, n);
+    for (int64_t r = 0; r < rows; ++r) log_softmax_long_row(logits + r * n, out + r * n, n);
 }
 BITTRUE_REPLAYABLE(log_softmax)
 
 // seeds, positions [rows] -> out [rows, n]
 BITTRUE_EXPORT(gumbel)(const int64_t* __restrict seeds, const int64_t* __restrict positions, float* __restrict out,
                        int64_t rows, int64_t n) {
-    PARALLEL_FOR(r, rows, rows * n * 16) { gumbel_row(uint64_t(seeds[r]), uint64_t(positions[r]), out + r * n, n); };
+    const int64_t chunks = (n + CHUNK - 1) / CHUNK;
+    PARALLEL_FOR(job, rows * chunks, rows * n * 16) {
+        const int64_t r = job / chunks, begin = job % chunks * CHUNK, end = n - begin < CHUNK ? n : begin + CHUNK;
+        gumbel_values(uint64_t(seeds[r]), uint64_t(positions[r]), out + r * n, begin, end);
+    };
 }
 BITTRUE_REPLAYABLE(gumbel)

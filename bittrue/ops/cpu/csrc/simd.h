@@ -171,6 +171,7 @@ template <int S> BT f32x16 blend_lanes(f32x16 a, f32x16 b) {
     constexpr __mmask16 odd = S == 1 ? 0xaaaa : S == 2 ? 0xcccc : S == 4 ? 0xf0f0 : 0xff00;
     return {_mm512_mask_blend_ps(odd, a.v, b.v)};
 }
+BT void store_bytes(uint8_t* p, i32x16 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
 template <int K> BT f32x16 lane_of_fours(f32x16 a) { return {_mm512_permute_ps(a.v, K * 0x55)}; }
 template <int J> BT f32x16 four_in_all(f32x16 a) { return {_mm512_shuffle_f32x4(a.v, a.v, J * 0x55)}; }
 BT f32x16 load_twice(const float* p) {
@@ -286,6 +287,13 @@ template <int S> BT f32x16 blend_lanes(f32x16 a, f32x16 b) {
     if constexpr (S == 8) return {a.lo, b.hi};
     constexpr int odd = S == 1 ? 0xaa : S == 2 ? 0xcc : 0xf0;
     return {_mm256_blend_ps(a.lo, b.lo, odd), _mm256_blend_ps(a.hi, b.hi, odd)};
+}
+BT void store_bytes(uint8_t* p, i32x16 a) {
+    const __m256i low = _mm256_set1_epi32(0xff);
+    __m256i words = _mm256_packus_epi32(_mm256_and_si256(a.lo, low), _mm256_and_si256(a.hi, low));
+    words = _mm256_permute4x64_epi64(words, 0xd8);
+    const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 template <int K> BT f32x16 lane_of_fours(f32x16 a) {
     return {_mm256_permute_ps(a.lo, K * 0x55), _mm256_permute_ps(a.hi, K * 0x55)};
@@ -441,6 +449,7 @@ template <int S> BT f32x16 blend_lanes(f32x16 a, f32x16 b) {
     BITTRUE_LANES r.v[i] = i & S ? b.v[i] : a.v[i];
     return r;
 }
+BT void store_bytes(uint8_t* p, i32x16 a) { BITTRUE_LANES p[i] = uint8_t(a.v[i]); }
 template <int K> BT f32x16 lane_of_fours(f32x16 a) {
     f32x16 r;
     BITTRUE_LANES r.v[i] = a.v[i / 4 * 4 + K];
@@ -462,6 +471,7 @@ BT f32x16 load_twice(const float* p) {
 // What the functions above mean, on every instruction set:
 //   max(a, b) = a > b ? a : b, min(a, b) = a < b ? a : b (a NaN in either gives b); less and equal are false on NaN.
 //   select(m, a, b): a where m, else b.  xor_lanes<S>: lane i takes lane i ^ S.  blend_lanes<S>: a where !(i & S), else b.
+//   store_bytes(p, a): the low bytes of the sixteen lanes.
 //   lane_of_fours<K>: lane i takes lane K of its own four lanes.  four_in_all<J>: lane i takes lane 4J + i % 4.
 //   load_twice(p): p[0], p[0], p[1], p[1], ... of 8 floats.  lanes_below(n): lanes 0..n-1.
 

@@ -113,7 +113,7 @@ BITTRUE_EXPORT(dequantize)(const void* data, const uint8_t* scale, int64_t forma
         float* row = prepared_rows.get<float>(padded(inputs));
         if (format == FORMAT_F32) decode_row<PlainRow<float>>(m, o, row);
         else if (format == FORMAT_BF16) decode_row<PlainRow<bf16>>(m, o, row);
-        else if (format == FORMAT_FP8) decode_row<Fp8Row>(m, o, row);
+        else if (format == FORMAT_FP8) decode_row<Fp8Row<true>>(m, o, row);
         else decode_row<Fp4Row>(m, o, row);
         for (int64_t k = 0; format == FORMAT_FP4 && k < inputs; k += 16) store(row + k, from_fp4_order(load(row + k)));
         std::memcpy(out + o * inputs, row, size_t(inputs) * 4);

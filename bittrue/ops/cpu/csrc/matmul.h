@@ -3,9 +3,9 @@
 // Definition. Lane j of sixteen adds x[k] * w[k] for k = j mod 16 by fma in ascending k (absent k are zeros), then hsum.
 // Every (row, output) pair has its own lanes, so tiles only decide what is read together, never a bit of the result.
 //
-// Few rows: every weight is read once and decoded in registers, for all rows (direct_tile). The bound is memory, for FP4 the
-// decoding. Many rows: the outputs of a task are decoded into the second-level cache (an aligned f32 matrix is read in place) and
-// multiplied there, tile by tile (block_tile). The bound is one fma a cycle.
+// Few rows: weights are decoded in registers, for up to six rows at a time (direct_tile). One row is bound by memory, for FP4 also
+// by decoding: four vector instructions for eight bytes. Many rows: the outputs of a task are decoded into the second-level cache
+// (an f32 matrix of whole vectors is read in place) and multiplied there, tile by tile (block_tile): one fma a cycle.
 #pragma once
 
 #include "formats.h"
@@ -61,10 +61,15 @@ template <class T> inline void prepare_row(const T* x, int64_t k, RowForm form, 
     for (int64_t i = 0; form.is_fp4_order && i < k; i += 16) store(out + i, to_fp4_order(load(out + i)));
 }
 
-// ---- the rows of the matrix: at(k) gives elements k..k+15 as exact f32, tail(k, n) the first n; enter(k) at every BLOCK
+// ---- the rows of the matrix
+// at(k) gives elements k..k+15 as exact f32, tail(k, n) the first n; enter(k) at every BLOCK. PER_LINE: elements of a cache line.
+// DIRECT_ROWS: up to so many rows decoding in registers, again for every six, is faster than decoding to memory once (measured).
 
 template <class T> struct PlainRow {
     static constexpr bool IS_F32 = sizeof(T) == 4;
+    static constexpr int64_t DIRECT_ROWS = IS_F32 ? 6 : 48;
+    static constexpr int64_t PER_LINE = 64 / sizeof(T);
+    BT const char* line(int64_t k) const { return reinterpret_cast<const char*>(data + k); }
     static constexpr bool IS_FP4 = false;
     static constexpr int64_t BLOCK = 128;
     const T* data;
@@ -74,38 +79,43 @@ template <class T> struct PlainRow {
     BT f32x16 tail(int64_t k, int64_t n) const { return load_n(data + k, n); }
 };
 
-struct Fp8Row {
+// 256 times a scale above 2^119 is no number: rows with one take two products, as exact.
+constexpr uint8_t HUGE_SCALE = 247;
+template <bool HAS_HUGE_SCALES> struct Fp8Row {
     static constexpr bool IS_F32 = false;
     static constexpr bool IS_FP4 = false;
+    static constexpr int64_t DIRECT_ROWS = 16;
+    static constexpr int64_t PER_LINE = 64;
     static constexpr int64_t BLOCK = 128;
     const uint8_t* data;
     const uint8_t* scales;
     f32x16 factor;
-    bool is_huge;
+    BT const char* line(int64_t k) const { return reinterpret_cast<const char*>(data + k); }
     BT void open(const Matrix& m, int64_t o) {
         data = static_cast<const uint8_t*>(m.data) + o * m.inputs;
         scales = m.scale + o / 128 * ((m.inputs + 127) / 128);
     }
-    BT void enter(int64_t k) {
-        const uint8_t byte = scales[k / 128];
-        is_huge = byte > 246;  // 256 times the scale is no number: two products, still exact
-        factor = set1(scale_value(byte) * (is_huge ? 1.0f : 256.0f));
-    }
-    BT f32x16 at(int64_t k) const {
-        const f32x16 v = fp8_low(data + k);
-        if (__builtin_expect(is_huge, false)) return mul(mul(v, set1(256.0f)), factor);
-        return mul(v, factor);
-    }
+    BT void enter(int64_t k) { factor = set1(scale_value(scales[k / 128]) * (HAS_HUGE_SCALES ? 1.0f : 256.0f)); }
+    BT f32x16 scaled(f32x16 low) const { return mul(HAS_HUGE_SCALES ? mul(low, set1(256.0f)) : low, factor); }
+    BT f32x16 at(int64_t k) const { return scaled(fp8_low(data + k)); }
     BT f32x16 tail(int64_t k, int64_t n) const {
         uint8_t bytes[16] = {};
         std::memcpy(bytes, data + k, size_t(n));
-        const f32x16 v = fp8_low(bytes);
-        return is_huge ? mul(mul(v, set1(256.0f)), factor) : mul(v, factor);
+        return scaled(fp8_low(bytes));
     }
 };
+inline bool has_huge_scales(const Matrix& m, int64_t o, int64_t count) {
+    const int64_t blocks = (m.inputs + 127) / 128;
+    for (int64_t i = o / 128 * blocks; i < ((o + count - 1) / 128 + 1) * blocks; ++i)
+        if (m.scale[i] >= HUGE_SCALE) return true;
+    return false;
+}
 
 struct Fp4Row {
     static constexpr bool IS_F32 = false;
+    static constexpr int64_t DIRECT_ROWS = 48;
+    static constexpr int64_t PER_LINE = 128;
+    BT const char* line(int64_t k) const { return reinterpret_cast<const char*>(data + k / 2); }
     static constexpr bool IS_FP4 = true;
     static constexpr int64_t BLOCK = 32;
     const uint8_t* data;
@@ -149,16 +159,19 @@ template <int N> BT void sum_lanes(const f32x16* a, float* sums) {
 
 // Accumulators that stay in registers: 32 vector registers, 16 of half the width, or memory.
 #if BITTRUE_ISA_CODE == 2
-constexpr int TILE_ROWS = 4, TILE_OUTPUTS = 6, DIRECT_TILE_ROWS = 8;
-constexpr int direct_outputs(int rows) { return rows <= 2 ? 8 : rows <= 4 ? 6 : rows <= 6 ? 4 : 3; }
+constexpr int TILE_ROWS = 4, TILE_OUTPUTS = 6, DIRECT_TILE_ROWS = 6;
+constexpr int direct_outputs(int rows) { return rows <= 2 ? 8 : rows <= 4 ? 6 : 4; }
 #else
 constexpr int TILE_ROWS = 2, TILE_OUTPUTS = 3, DIRECT_TILE_ROWS = 4;
 constexpr int direct_outputs(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
-constexpr int64_t DIRECT_ROWS = 16;    // up to here weights are decoded in registers
 constexpr int64_t PANEL_OUTPUTS = 24;  // outputs of one task: their decoded weights stay in the second-level cache
 constexpr int64_t SUMS_STRIDE = (PANEL_OUTPUTS + 15) / 16 * 16 + 16;
 
+// Asks for some lines of memory: to the second-level cache, far ahead.
+template <int LINES> BT void prefetch(const char* p) {
+    UNROLL for (int i = 0; i < LINES; ++i) __builtin_prefetch(p + 64 * i, 0, 2);
+}
 // acc[r][c] += x[r] * v(c), one vector of k: whichever of the two is more numerous is read one by one.
 template <int R, int C, class Decode> BT void multiply(const float* const (&x)[R], int64_t k, f32x16 (&acc)[R][C], const Decode& decode) {
     if constexpr (R >= C) {
@@ -183,6 +196,7 @@ template <class Row, int R, int C>
 inline void direct_tile(const float* const* x, const Matrix& m, int64_t o, int64_t last, float* sums, int64_t stride) {
     Row w[C];
     UNROLL for (int c = 0; c < C; ++c) w[c].open(m, o + c < last ? o + c : last);
+    const int64_t ahead = C * m.inputs * 64 / Row::PER_LINE;  // the rows of the next tile
     const float* xr[R];
     UNROLL for (int r = 0; r < R; ++r) xr[r] = x[r];
     f32x16 acc[R][C];
@@ -190,6 +204,9 @@ inline void direct_tile(const float* const* x, const Matrix& m, int64_t o, int64
     for (int64_t block = 0; block < m.inputs; block += Row::BLOCK) {
         const int64_t end = block + Row::BLOCK < m.inputs ? block + Row::BLOCK : m.inputs;
         UNROLL for (int c = 0; c < C; ++c) w[c].enter(block);
+        // The hardware follows long rows of f32 by itself, and few rows leave no time for more instructions.
+        if ((!Row::IS_F32 || R > 4) && block % 128 == 0)
+            UNROLL for (int c = 0; c < C; ++c) prefetch<128 / Row::PER_LINE>(w[c].line(block) + ahead);
         int64_t k = block;
         if (Row::BLOCK == 32 && end - block == 32) {  // spares the loop of two
             multiply<R, C>(xr, k, acc, [&](int c) __attribute__((always_inline)) { return w[c].at(k); });
@@ -218,8 +235,9 @@ inline void direct_rows(const float* const* x, const Matrix& m, int64_t o, int64
 
 template <class Row>
 inline void direct_panel(const float* const* x, int64_t n, const Matrix& m, int64_t o, int64_t count, Target out) {
-    for (int64_t row = 0; row < n;) {
-        const int64_t rows = n - row < DIRECT_TILE_ROWS ? n - row : DIRECT_TILE_ROWS;
+    const int64_t passes = (n + DIRECT_TILE_ROWS - 1) / DIRECT_TILE_ROWS;
+    for (int64_t row = 0, pass = 1; row < n; ++pass) {
+        const int64_t rows = n * pass / passes - row;  // about as many in each
         const float* const* xr = x + row;
         if (rows == 1) direct_rows<Row, 1>(xr, m, o, count, out, row);
         else if (rows == 2) direct_rows<Row, 2>(xr, m, o, count, out, row);
@@ -228,8 +246,6 @@ inline void direct_panel(const float* const* x, int64_t n, const Matrix& m, int6
         if constexpr (DIRECT_TILE_ROWS > 4) {
             if (rows == 5) direct_rows<Row, 5>(xr, m, o, count, out, row);
             else if (rows == 6) direct_rows<Row, 6>(xr, m, o, count, out, row);
-            else if (rows == 7) direct_rows<Row, 7>(xr, m, o, count, out, row);
-            else if (rows == 8) direct_rows<Row, 8>(xr, m, o, count, out, row);
         }
         row += rows;
     }
@@ -309,15 +325,16 @@ inline void block_panel(const float* const* x, int64_t n, const Matrix& m, int64
 // out[r][c] = x[r] . row o + c of m, for n rows and c in 0..count (at most PANEL_OUTPUTS). Rows x have m's form, see RowForm.
 template <class Row>
 inline void panel(const float* const* x, int64_t n, const Matrix& m, int64_t o, int64_t count, Target out) {
-    if (n <= DIRECT_ROWS) direct_panel<Row>(x, n, m, o, count, out);
+    if (n <= Row::DIRECT_ROWS) direct_panel<Row>(x, n, m, o, count, out);
     else block_panel<Row>(x, n, m, o, count, out);
 }
 inline void panel(const float* const* x, int64_t n, const Matrix& m, int64_t o, int64_t count, Target out) {
     if (n == 0 || count == 0) return;
     if (m.format == FORMAT_F32) panel<PlainRow<float>>(x, n, m, o, count, out);
     else if (m.format == FORMAT_BF16) panel<PlainRow<bf16>>(x, n, m, o, count, out);
-    else if (m.format == FORMAT_FP8) panel<Fp8Row>(x, n, m, o, count, out);
-    else panel<Fp4Row>(x, n, m, o, count, out);
+    else if (m.format == FORMAT_FP4) panel<Fp4Row>(x, n, m, o, count, out);
+    else if (has_huge_scales(m, o, count)) panel<Fp8Row<true>>(x, n, m, o, count, out);
+    else panel<Fp8Row<false>>(x, n, m, o, count, out);
 }
 
 }  // namespace

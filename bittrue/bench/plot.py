@@ -1,7 +1,7 @@
 """Stored results -> docs/benchmarks.svg: decode speed against context on two logarithmic axes."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
@@ -11,8 +11,15 @@ from bittrue.bench.targets import Results
 _WIDTH, _HEIGHT = 460, 340  # of one panel
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 18, 64, 46
 _OURS = "bittrue"
-# Told apart without colour vision too (Okabe and Ito), and by their markers' order in the legend.
-_COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_OUR_COLOUR = "#000000"
+_COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)  # Okabe and Ito: told apart by all
 _CONTEXTS = tuple(4.0**k for k in range(12))
 _SPEEDS = tuple(digit * 10.0**k for k in range(-3, 8) for digit in (1, 2, 5))
 
@@ -83,7 +90,8 @@ def _panel(panel: Panel) -> Iterator[str]:
         yield _text(_LEFT - 6, at + 4, f"{value:,g}", anchor="end")
     yield _text((_LEFT + _WIDTH) / 2, _HEIGHT - 10, "context, tokens", anchor="middle")
     for i, (name, line) in enumerate(panel.lines.items()):
-        colour, is_ours = _COLOURS[i % len(_COLOURS)], name.startswith(_OURS)
+        is_ours = name.startswith(_OURS)
+        colour = _OUR_COLOUR if is_ours else _COLOURS[i % len(_COLOURS)]
         dash = ' stroke-dasharray="5 3"' if "frontier" in name else ""
         places = [(x.place(a, _LEFT, _WIDTH - _RIGHT), y.place(b, _HEIGHT - _BOTTOM, _TOP)) for a, b in line]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
@@ -104,7 +112,7 @@ class _Axis:
     ticks: tuple[float, ...]
 
     @classmethod
-    def over(cls, values: Sequence[float], possible: Iterable[float]) -> "_Axis":
+    def over(cls, values: Sequence[float], possible: Sequence[float]) -> "_Axis":
         """The ticks of ascending ``possible`` that are needed: at least two."""
         ticks = [tick for tick in possible if tick < max(values)]
         below = [tick for tick in ticks if tick <= min(values)]

@@ -404,4 +404,5 @@ def _sampling() -> Iterator[Case]:
     for make in (argmax, log_softmax, gumbel):
         yield from (make(rows, 1031) for rows in TOKENS)
         yield from (make(3, vocab) for vocab in (1, 16, 4099))
+        yield make(6, 9001)
         yield make(2, 129_280)

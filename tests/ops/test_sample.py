@@ -105,9 +105,11 @@ def test_huge_and_absent_logits_are_kept_apart(ops):
     assert torch.allclose(got[2], torch.tensor(-math.log(3.0)), atol=1e-3)
 
 
-@pytest.mark.parametrize("vocab", [37, 129_280])
-def test_a_row_has_the_same_bits_alone_and_among_others(ops, vocab):
-    logits = torch.randn(3, vocab, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("vocab", [37, 4096, 9001, 129_280])
+@pytest.mark.parametrize("rows", [3, 6])
+def test_a_row_has_the_same_bits_alone_and_among_others(ops, rows, vocab):
+    """A few rows are cut into parts for the threads, many are taken whole."""
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(1))
     together = ops.log_softmax(logits)
     assert torch.equal(together, torch.cat([ops.log_softmax(row[None].clone()) for row in logits]))
 

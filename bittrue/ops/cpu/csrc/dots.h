@@ -309,23 +309,85 @@ BT void dot_tile(const int32_t* columns, int64_t stride, const int32_t* queries,
     }
 }
 
-// n features of type T as the words of a query; `room` words (zeros after the n features).
+// n features of type T (pairs: bf16) as the words of a query; `room` words, zeros after the features.
 template <Words W, class T> inline void query_words(const T* x, int64_t n, int32_t* out, int64_t room) {
-    float* values = reinterpret_cast<float*>(out);
     if constexpr (W == Words::PAIRS) {
-        for (int64_t i = 0; i < room; ++i) {
-            bf16 low = 2 * i < n ? from_float<bf16>(to_float(x[2 * i])) : bf16{0};
-            bf16 high = 2 * i + 1 < n ? from_float<bf16>(to_float(x[2 * i + 1])) : bf16{0};
-            out[i] = pair_of(low, high);
-        }
+        static_assert(sizeof(T) == 2);
+        std::memset(out + n / 2, 0, size_t(room - n / 2) * 4);
+        std::memcpy(out, x, size_t(n) * 2);
         for (int64_t i = 0; i < room; i += 16) store(out + i, flush_pairs(load(out + i)));
     } else {
+        float* values = reinterpret_cast<float*>(out);
         for (int64_t i = 0; i < room; i += 16) {
             f32x16 v = i < n ? load_n(x + i, n - i < 16 ? n - i : 16) : zero();
             if constexpr (W == Words::MIXED) v = flushed(v);
             store(values + i, v);
         }
     }
+}
+
+// ---- rows to pairs
+
+#if BITTRUE_ISA_CODE == 2
+// 32 E4M3 values times 2^(scale - 127), for scales that make none of them smaller than 2^-50 or too large.
+constexpr uint8_t LEAST_FP8_SCALE = 127 - 41, MOST_FP8_SCALE = 200;
+BT i32x16 fp8_pairs(const uint8_t* bytes, uint8_t scale) {
+    // As bf16, exponent and mantissa keep their order: the exponent gains the difference of the biases and the scale.
+    const __m512i w = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+    const __m512i gain = _mm512_set1_epi16(int16_t((int32_t(scale) - 127) * 128));
+    const __m512i size = _mm512_and_si512(w, _mm512_set1_epi16(0x7f));
+    __m512i bits = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_add_epi16(gain, _mm512_set1_epi16(120 * 128)));
+    // Subnormal ones, m 2^-9, from a table; the index is the low five bits.
+    const __m512i table = _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
+    const __m512i scaled_table = _mm512_mask_add_epi16(table, 0xfe, table, gain);
+    const __mmask32 subnormal = _mm512_testn_epi16_mask(w, _mm512_set1_epi16(0x78));
+    bits = _mm512_mask_permutexvar_epi16(bits, subnormal, w, scaled_table);
+    bits = _mm512_or_si512(bits, _mm512_slli_epi16(_mm512_and_si512(w, _mm512_set1_epi16(0x80)), 8));
+    const __mmask32 nan = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7f));
+    return {_mm512_mask_mov_epi16(bits, nan, _mm512_set1_epi16(0x7fc0))};
+}
+#endif
+
+// Features from..to (even) of a stored bf16 or fp8 row as pairs, 0 after the last feature; out [(to - from) / 2].
+inline void pairs_row(const uint8_t* row, const RowSpec& spec, int64_t from, int64_t to, int32_t* out) {
+    const int64_t plain = spec.kind == ROW_FP8 ? spec.quantised() : 0;  // where the features stored as bf16 begin
+    const uint8_t* scales = row + plain + 2 * spec.rope_dim;
+    uint16_t* halves = reinterpret_cast<uint16_t*>(out) - from;
+    int64_t i = from;
+    for (; i < to && i < plain; i += 32) {
+        const int64_t n = plain - i < to - i ? plain - i : to - i;
+        const uint8_t scale = scales[i / KV_GROUP];
+#if BITTRUE_ISA_CODE == 2
+        if (n >= 32 && scale >= LEAST_FP8_SCALE && scale <= MOST_FP8_SCALE) {
+            const i32x16 pairs = fp8_pairs(row + i, scale);
+            std::memcpy(halves + i, &pairs, 64);
+            continue;
+        }
+#endif
+        for (int64_t j = i; j < i + n && j < i + 32; j += 16) {
+            const int64_t left = i + n - j;
+            f32x16 values = load_fp8_n(row + j, left);
+            values = select(equal(abs(values), set1(480.0f)), set1(__builtin_nanf("")), values);
+            store_n(reinterpret_cast<bf16*>(halves + j), flushed(scaled(values, scale)), left);
+        }
+    }
+    if (i > plain) i = plain;
+    if (i < from) i = from;
+    const int64_t end = to < spec.dim ? to : spec.dim;
+    if (i < end) {
+        const uint16_t* stored = reinterpret_cast<const uint16_t*>(spec.kind == ROW_FP8 ? row + plain : row);
+        for (; i + 32 <= end; i += 32) {
+            i32x16 pairs;
+            std::memcpy(&pairs, stored + (i - plain), 64);
+            pairs = flush_pairs(pairs);
+            std::memcpy(halves + i, &pairs, 64);
+        }
+        for (; i < end; ++i) {
+            const uint16_t x = stored[i - plain];
+            halves[i] = (x & 0x7fff) < 0x2680 ? 0 : x;
+        }
+    }
+    for (i = i < from ? from : i; i < to; ++i) halves[i] = 0;
 }
 
 }  // namespace

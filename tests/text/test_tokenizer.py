@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -159,3 +160,27 @@ def _letter(doc: dict[str, dict[str, dict[str, int]]]) -> dict[str, object]:
 def test_a_missing_tokenizer_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         Tokenizer.from_file(tmp_path / "tokenizer.json")
+
+
+def test_tokenising_a_long_text_lets_other_threads_run() -> None:
+    tok = Tokenizer(small_tokenizer_json(512).encode(), source="small")
+    text = "hello world, how are you? " * 40_000
+    beats, is_done = 0, threading.Event()
+    is_beating = threading.Event()
+
+    def beat() -> None:
+        nonlocal beats
+        while not is_done.wait(0.001):
+            beats += 1
+            is_beating.set()
+
+    other = threading.Thread(target=beat)
+    other.start()
+    is_beating.wait()
+    before = beats
+    ids = tok.encode_text(text)  # a good part of a second
+    during = beats - before
+    is_done.set()
+    other.join()
+    assert tok.decode(ids) == text
+    assert during >= 10  # one, if the call kept the interpreter to itself

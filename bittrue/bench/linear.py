@@ -71,11 +71,13 @@ def _cold(table: OpTable, form: WeightFormat, *, seconds: float, seed: int) -> I
     copies = (first.data.clone() for _ in range(count - 1))
     scales = (None if first.scale is None else first.scale.clone() for _ in range(count - 1))
     weights = [first, *(type(first)(data, scale, form) for data, scale in zip(copies, scales, strict=True))]
-    x = torch.randn(1, cols, generator=source)
+    # As the model calls it: bf16 activations but beside f32 weights, quantised beside quantised ones.
+    x = torch.randn(1, cols, generator=source).to(torch.float32 if form == "f32" else torch.bfloat16)
+    quantize = form in ("fp8", "fp4")
 
     def rotate() -> None:
         for weight in weights:
-            table.linear(x, weight)
+            table.linear(x, weight, quantize=quantize)
 
     num_bytes = count * weight_bytes
     calls: dict[str, Call] = {

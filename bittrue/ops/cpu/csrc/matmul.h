@@ -30,12 +30,14 @@ struct Target {
     int64_t stride;
     bool is_bf16;
 
-    BT void put(int64_t row, int64_t o, const float* sums, int64_t n) const {
-        for (int64_t i = 0; i < n; i += 16) {
-            const f32x16 v = load_n(sums + i, n - i);
-            if (is_bf16) store_n(static_cast<bf16*>(data) + row * stride + o + i, v, n - i);
-            else store_n(static_cast<float*>(data) + row * stride + o + i, v, n - i);
+    // Reads whole vectors of sums. Masked stores are slow on some processors: none for f32.
+    BT void put(int64_t row, const float* sums, int64_t n) const {
+        if (!is_bf16) {
+            std::memcpy(static_cast<float*>(data) + row * stride, sums, size_t(n) * 4);
+            return;
         }
+        bf16* out = static_cast<bf16*>(data) + row * stride;
+        for (int64_t i = 0; i < n; i += 16) store_n(out + i, load(sums + i), n - i);
     }
 };
 
@@ -67,7 +69,7 @@ template <class T> inline void prepare_row(const T* x, int64_t k, RowForm form, 
 
 template <class T> struct PlainRow {
     static constexpr bool IS_F32 = sizeof(T) == 4;
-    static constexpr int64_t DIRECT_ROWS = IS_F32 ? 6 : 48;
+    static constexpr int64_t DIRECT_ROWS = IS_F32 ? 6 : 64;
     static constexpr int64_t PER_LINE = 64 / sizeof(T);
     BT const char* line(int64_t k) const { return reinterpret_cast<const char*>(data + k); }
     static constexpr bool IS_FP4 = false;
@@ -113,7 +115,7 @@ inline bool has_huge_scales(const Matrix& m, int64_t o, int64_t count) {
 
 struct Fp4Row {
     static constexpr bool IS_F32 = false;
-    static constexpr int64_t DIRECT_ROWS = 48;
+    static constexpr int64_t DIRECT_ROWS = 64;
     static constexpr int64_t PER_LINE = 128;
     BT const char* line(int64_t k) const { return reinterpret_cast<const char*>(data + k / 2); }
     static constexpr bool IS_FP4 = true;
@@ -159,12 +161,13 @@ template <int N> BT void sum_lanes(const f32x16* a, float* sums) {
 
 // Accumulators that stay in registers: 32 vector registers, 16 of half the width, or memory.
 #if BITTRUE_ISA_CODE == 2
-constexpr int TILE_ROWS = 4, TILE_OUTPUTS = 6, DIRECT_TILE_ROWS = 6;
+constexpr int TILE_OUTPUTS = 6, DIRECT_TILE_ROWS = 6;
 constexpr int direct_outputs(int rows) { return rows <= 2 ? 8 : rows <= 4 ? 6 : 4; }
 #else
-constexpr int TILE_ROWS = 2, TILE_OUTPUTS = 3, DIRECT_TILE_ROWS = 4;
+constexpr int TILE_OUTPUTS = 1, DIRECT_TILE_ROWS = 4;
 constexpr int direct_outputs(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
+constexpr int TILE_ROWS = 4;
 constexpr int64_t PANEL_OUTPUTS = 24;  // outputs of one task: their decoded weights stay in the second-level cache
 constexpr int64_t SUMS_STRIDE = (PANEL_OUTPUTS + 15) / 16 * 16 + 16;
 
@@ -230,7 +233,7 @@ inline void direct_rows(const float* const* x, const Matrix& m, int64_t o, int64
     alignas(64) float sums[R * SUMS_STRIDE];
     for (int64_t c = 0; c < count; c += C)
         direct_tile<Row, R, C>(x, m, o + c, o + count - 1, sums + c, SUMS_STRIDE);
-    for (int r = 0; r < R; ++r) out.put(row + r, 0, sums + r * SUMS_STRIDE, count);
+    for (int r = 0; r < R; ++r) out.put(row + r, sums + r * SUMS_STRIDE, count);
 }
 
 template <class Row>
@@ -264,35 +267,30 @@ template <class Row> inline void decode_row(const Matrix& m, int64_t o, float* o
     }
 }
 
-// sums[r][c] of rows x[0..R) with decoded, padded rows w[0..C) of kp elements.
+// out[r][c] = row x[r] by the decoded, padded row w[c] of kp elements.
 template <int R, int C>
-inline void block_tile(const float* const* x, const float* const* w, int64_t kp, bool is_fp4_order, float* sums) {
+inline void block_tile(const float* const* x, const float* const* w, int64_t kp, bool is_fp4_order, float* out) {
     const float* xr[R];
     const float* wc[C];
     UNROLL for (int r = 0; r < R; ++r) xr[r] = x[r];
     UNROLL for (int c = 0; c < C; ++c) wc[c] = w[c];
-    f32x16 acc[R * C];
-    UNROLL for (int i = 0; i < R * C; ++i) acc[i] = zero();
-    for (int64_t k = 0; k < kp; k += 16) {
-        f32x16 xv[R];
-        UNROLL for (int r = 0; r < R; ++r) xv[r] = load(xr[r] + k);
-        UNROLL for (int c = 0; c < C; ++c) {
-            const f32x16 v = load(wc[c] + k);
-            UNROLL for (int r = 0; r < R; ++r) acc[r * C + c] = fma(xv[r], v, acc[r * C + c]);
-        }
-    }
-    if (is_fp4_order) UNROLL for (int i = 0; i < R * C; ++i) acc[i] = from_fp4_order(acc[i]);
-    sum_lanes<R * C>(acc, sums);
+    f32x16 acc[R][C];
+    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int c = 0; c < C; ++c) acc[r][c] = zero();
+    for (int64_t k = 0; k < kp; k += 16)
+        multiply<R, C>(xr, k, acc, [&](int c) __attribute__((always_inline)) { return load(wc[c] + k); });
+    if (is_fp4_order)
+        UNROLL for (int r = 0; r < R; ++r) UNROLL for (int c = 0; c < C; ++c) acc[r][c] = from_fp4_order(acc[r][c]);
+    alignas(64) float sums[(R * C + 15) / 16 * 16];
+    sum_lanes<R * C>(acc[0], sums);
+    UNROLL for (int r = 0; r < R; ++r) std::memcpy(out + r * SUMS_STRIDE, sums + r * C, C * 4);
 }
 
 template <int C>
 inline void block_rows(int64_t rows, const float* const* x, const float* const* w, int64_t kp, bool is_fp4_order, float* sums) {
     if (rows == 1) return block_tile<1, C>(x, w, kp, is_fp4_order, sums);
     if (rows == 2) return block_tile<2, C>(x, w, kp, is_fp4_order, sums);
-    if constexpr (TILE_ROWS > 2) {
-        if (rows == 3) return block_tile<3, C>(x, w, kp, is_fp4_order, sums);
-        return block_tile<4, C>(x, w, kp, is_fp4_order, sums);
-    }
+    if (rows == 3) return block_tile<3, C>(x, w, kp, is_fp4_order, sums);
+    return block_tile<4, C>(x, w, kp, is_fp4_order, sums);
 }
 
 thread_local Scratch decoded_weights;
@@ -312,13 +310,12 @@ inline void block_panel(const float* const* x, int64_t n, const Matrix& m, int64
         }
     }
     for (int64_t c = count; c < PADDED_OUTPUTS; ++c) w[c] = w[count - 1];
-    alignas(64) float sums[(TILE_ROWS * C + 15) / 16 * 16];
+    alignas(64) float sums[TILE_ROWS * SUMS_STRIDE];
     for (int64_t r = 0; r < n; r += TILE_ROWS) {
         const int64_t rows = n - r < TILE_ROWS ? n - r : TILE_ROWS;
-        for (int64_t c = 0; c < count; c += C) {
-            block_rows<C>(rows, x + r, w + c, kp, FP4_HAS_OWN_ORDER && Row::IS_FP4, sums);
-            for (int64_t i = 0; i < rows; ++i) out.put(r + i, c, sums + i * C, count - c < C ? count - c : C);
-        }
+        for (int64_t c = 0; c < count; c += C)
+            block_rows<C>(rows, x + r, w + c, kp, FP4_HAS_OWN_ORDER && Row::IS_FP4, sums + c);
+        for (int64_t i = 0; i < rows; ++i) out.put(r + i, sums + i * SUMS_STRIDE, count);
     }
 }
 

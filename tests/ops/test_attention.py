@@ -8,6 +8,7 @@ import pytest
 import torch
 from cache_steps import (
     NUM_SLOTS,
+    REFERENCE,
     Part,
     chunkings,
     f32_format,
@@ -248,6 +249,65 @@ def test_rejected_drafts_leave_no_trace_in_the_window(ops, max_draft):
         assert torch.equal(out[:keep], whole[start : start + keep])
         start += keep
     assert slot_of(0) != 0
+
+
+@pytest.mark.parametrize("ops", ops_under_test())
+@pytest.mark.parametrize("name", ["f32", "bf16", "fp8"])
+@pytest.mark.parametrize("bad", [24, 25])
+def test_a_row_that_a_token_may_not_see_cannot_reach_it_even_if_it_is_nan(ops, name, bad):
+    """Before its position, and from a window later on; in the same pair, vector and step, and from the ring."""
+    layer = make(ops, "window", [60], name=name, window=7)
+    whole = layer.fresh().run([Part(0, 0, 60)], round_probs=name == "fp8")
+    layer.rows[0][bad] = 0xFF
+    assert unpack_rows(layer.rows[0][bad], layer.fmt).isnan().any()
+    for cuts in chunkings(60, seed=bad):
+        again = layer.fresh()
+        outs = [again.run(parts, round_probs=name == "fp8") for parts in steps_of([cuts])]
+        out = torch.cat(outs)
+        assert torch.equal(out[:bad], whole[:bad])
+        assert out[bad : bad + 7].isnan().any(-1).all()
+        assert torch.equal(out[bad + 7 :], whole[bad + 7 :])
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8"])
+def test_values_too_small_to_matter_keep_the_bits_of_every_instruction_set(name):
+    """Subnormal products would be flushed by one processor and kept by another."""
+    runs = []
+    for ops in (REFERENCE, *(cache_ops(load_kernels(isa)) for isa in available_isas())):
+        layer = make(ops, "window", [40], name=name)
+        generator = torch.Generator().manual_seed(1)
+        size = 10.0 ** -torch.randint(0, 45, (40, C), generator=generator).float()
+        layer.q[0].mul_(size[:, None].to(layer.q[0].dtype))
+        layer.rows[0] = pack_rows((torch.randn(40, C, generator=generator) * size).bfloat16(), layer.fmt)
+        layer.sink.fill_(-torch.inf)
+        runs.append(layer.run([Part(0, 0, 40)], round_probs=name == "fp8"))
+    reference, first, *others = runs
+    assert all(torch.equal(other, first) for other in others)
+    torch.testing.assert_close(first, reference, atol=2.0**-7, rtol=2.0**-7)
+
+
+@pytest.mark.parametrize("name", ["f32", "fp8"])
+def test_a_list_too_long_to_be_kept_decoded_has_the_same_bits(name):
+    """6,000 entries: blocks are decoded for the logits and again for the values, by one thread or several."""
+    kind, num = "hca", 6_000
+    fmt, generator = FORMATS[name], torch.Generator().manual_seed(2)
+    act = torch.float32 if name == "f32" else torch.bfloat16
+    parts, tables = [Part(0, 128 * num, 128 * num + 3)], page_tables(1, num + 1)
+    pages = pack_rows(torch.randn(num + 1, C, generator=generator).to(act), fmt)[:, None]
+    ring = pack_rows(torch.randn(NUM_SLOTS * 128, C, generator=generator).to(act), fmt)
+    cache = LayerCache(kind, fmt, None, ring.view(NUM_SLOTS, 128, -1), pages)
+    q = (12 * torch.randn(3, HEADS, C, generator=generator)).round().to(act) / 4
+    rows = pack_rows(torch.randn(3, C, generator=generator).to(act), fmt)
+    batch = step(parts, tables)
+    args = (batch, cache, None, torch.zeros(HEADS), *quarter_turns(batch.positions, ROPE))
+    options = {"window": 128, "scale": SCALE, "norm_eps": EPS, "round_probs": name == "fp8"}
+    one, *others = for_each_thread_count(lambda ops: ops["attention"](q, rows, *args, **options))
+    by_isa = [
+        cache_ops(load_kernels(isa))["attention"](q, rows, *args, **options) for isa in available_isas()
+    ]
+    assert all(torch.equal(other, one) for other in (*others, *by_isa))
+    wanted = REFERENCE["attention"](q, rows, *args, **options)
+    torch.testing.assert_close(one, wanted, atol=2e-6 if name == "f32" else 4e-3, rtol=2**-7)
 
 
 @pytest.mark.parametrize("parts", [[Part(0, 255, 256)], [Part(0, 100, 200)]])

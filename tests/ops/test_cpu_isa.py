@@ -220,3 +220,39 @@ def test_checks_name_the_op_and_the_argument() -> None:
         check("linear", "x", x, None, torch.bfloat16)
     with pytest.raises(ValueError, match="contiguous"):
         check("linear", "x", x.t(), None)
+
+
+@pytest.mark.parametrize("isa", available_isas())
+@pytest.mark.parametrize("fast", [0, 1])
+def test_dot_products_are_those_of_their_definition(isa: str, fast: int) -> None:
+    """Bytes exactly; pairs of bf16 as two fused multiply-adds, the second of the pair first."""
+    rng, n = np.random.default_rng(4), 4096
+    kernel = load_kernels(isa).bind("probe_dots", I64, I64, PTR, PTR, PTR, PTR, I64)
+
+    def run(kind: int, sums: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        out = np.empty(n, np.int32)
+        kernel(kind, fast, sums.ctypes.data, a.ctypes.data, b.ctypes.data, out.ctypes.data, n)
+        return out
+
+    sums = rng.integers(-(2**20), 2**20, n, dtype=np.int32)
+    a = rng.integers(0, 97, (n, 4), dtype=np.uint8)
+    b = rng.integers(-48, 49, (n, 4), dtype=np.int8)
+    wanted = sums + (a.astype(np.int32) * b.astype(np.int32)).sum(1, dtype=np.int32)
+    assert np.array_equal(run(0, sums, a.view(np.int32), b.view(np.int32)), wanted)
+
+    def floats(bits: int, *shape: int) -> np.ndarray:
+        values = rng.standard_normal(shape) * 2.0 ** rng.integers(-20, 20, shape)
+        return (values.astype(np.float32).view(np.uint32) >> bits << bits).view(np.float32)
+
+    x, y, start = floats(16, n, 2), floats(16, n, 2), floats(0, n)
+    pairs = [(v.view(np.uint32)[:, 0] >> 16) | v.view(np.uint32)[:, 1] for v in (x, y)]
+    # A product of bf16 is exact in float64; where adding is not, the rounding to float32 could be a double one: left out.
+    wanted, exact = start.astype(np.float64), np.ones(n, bool)
+    for i in (1, 0):
+        product = x[:, i].astype(np.float64) * y[:, i]
+        total = wanted + product
+        exact &= (total - wanted == product) & (total - product == wanted)
+        wanted = total.astype(np.float32).astype(np.float64)
+    got = run(1, start.view(np.int32), *(p.astype(np.uint32).view(np.int32) for p in pairs)).view(np.float32)
+    assert exact.mean() > 0.5
+    assert np.array_equal(got[exact], wanted[exact].astype(np.float32))

@@ -1,5 +1,5 @@
 // Exposes the building blocks of simd.h and formats.h over arrays, so that tests can compare instruction sets bit for bit.
-#include "formats.h"
+#include "dots.h"
 
 namespace {
 
@@ -50,4 +50,18 @@ BITTRUE_EXPORT(probe_decode)(int64_t format, const uint8_t* bytes, float* out, i
 // Bytes of values that are already representable (0 fp8, 1 fp4 one nibble per byte).
 BITTRUE_EXPORT(probe_encode)(int64_t format, const float* values, uint8_t* out, int64_t n) {
     for (int64_t i = 0; i < n; ++i) out[i] = format == 0 ? fp8_byte(values[i]) : fp4_nibble(values[i]);
+}
+
+// The dot products of dots.h, 16 sums at a time, by the instruction made for them where the processor has it (fast) or as every
+// processor does them. kind 0: bytes, a unsigned; 1: pairs of bf16, sums f32.
+BITTRUE_EXPORT(probe_dots)(int64_t kind, int64_t fast, const int32_t* sums, const int32_t* a, const int32_t* b, int32_t* out, int64_t n) {
+    for (int64_t i = 0; i < n; i += 16) {
+        const i32x16 x = load(a + i), y = load(b + i), sum = load(sums + i);
+        if (kind == 0) {
+            store(out + i, fast != 0 && has_dot_bytes() ? dot_bytes<true>(sum, x, y) : dot_bytes<false>(sum, x, y));
+        } else {
+            const f32x16 s = as_float(sum), plain = fma(low_of(x), low_of(y), fma(high_of(x), high_of(y), s));
+            store(out + i, as_int(fast != 0 && has_dot_pairs() ? dot_pairs(s, x, y) : plain));
+        }
+    }
 }

@@ -1,4 +1,5 @@
-// Sixteen float lanes with the same bits on every instruction set: the only file that spells intrinsics (with formats.h).
+// Sixteen float lanes with the same bits on every instruction set: the only file that spells intrinsics (with formats.h
+// and dots.h).
 //
 // How to add a kernel
 //  1. Write csrc/<op>.cpp: #include "simd.h" (and "formats.h"), all helpers inside `namespace { ... }`, and the entry as

@@ -466,3 +466,4 @@ BITTRUE_EXPORT(attention)(const Step* step, const Attention* a) {
     if (has_dot_pairs()) return attend_all<Words::PAIRS, bf16>(*step, *a);
     attend_all<Words::MIXED, bf16>(*step, *a);
 }
+BITTRUE_REPLAYABLE(attention)

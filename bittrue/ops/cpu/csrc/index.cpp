@@ -518,3 +518,4 @@ BITTRUE_EXPORT(index_topk)(const Step* step, const Index* x) {
     if (has_dot_pairs()) return run<Words::PAIRS, bf16>(*step, *x);
     run<Words::MIXED, bf16>(*step, *x);
 }
+BITTRUE_REPLAYABLE(index_topk)

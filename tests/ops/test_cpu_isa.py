@@ -246,7 +246,7 @@ def test_dot_products_are_those_of_their_definition(isa: str, fast: int) -> None
 
     x, y, start = floats(16, n, 2), floats(16, n, 2), floats(0, n)
     pairs = [(v.view(np.uint32)[:, 0] >> 16) | v.view(np.uint32)[:, 1] for v in (x, y)]
-    # A product of bf16 is exact in float64; where adding is not, the rounding to float32 could be a double one: left out.
+    # A product of bf16 is exact in float64. Sums that are not would be rounded twice: left out.
     wanted, exact = start.astype(np.float64), np.ones(n, bool)
     for i in (1, 0):
         product = x[:, i].astype(np.float64) * y[:, i]

@@ -1,4 +1,4 @@
-// Exposes the building blocks of simd.h and formats.h over arrays, so that tests can compare instruction sets bit for bit.
+// Exposes the building blocks of simd.h, formats.h and dots.h over arrays, so that tests can compare instruction sets bit for bit.
 #include "dots.h"
 
 namespace {

@@ -96,8 +96,9 @@ Order sort_pairs(const Job& job) {
     return o;
 }
 
-// rows[form][place]: the input row of every pair, in the forms that the active experts' matrices need.
-template <class T> void prepare_inputs(const Job& job, const T* x, const Order& order, const float** (&rows)[ROW_FORMS]) {
+// rows[form][place]: the input row of every pair, in the forms that the active experts' matrices need. Returns room for the
+// pointers to the hidden rows.
+template <class T> const float** prepare_inputs(const Job& job, const T* x, const Order& order, const float** (&rows)[ROW_FORMS]) {
     const int64_t pairs = order.offsets[order.num_active], wp = padded(job.width);
     bool is_needed[ROW_FORMS] = {};
     for (int64_t a = 0; a < order.num_active; ++a) {
@@ -107,7 +108,7 @@ template <class T> void prepare_inputs(const Job& job, const T* x, const Order& 
     int64_t forms = 0;
     for (int64_t f = 0; f < ROW_FORMS; ++f) forms += is_needed[f];
     float* copy = prepared_scratch.get<float>(forms * job.tokens * wp);
-    const float** pointers = pointer_scratch.get<const float*>((forms + 1) * pairs);  // the last ones serve the hidden rows
+    const float** pointers = pointer_scratch.get<const float*>((forms + 1) * pairs);
     for (int64_t f = 0; f < ROW_FORMS; ++f) {
         if (!is_needed[f]) continue;
         PARALLEL_FOR(t, job.tokens, job.tokens * wp * (f >= 2 ? 4 : 1)) {
@@ -118,6 +119,7 @@ template <class T> void prepare_inputs(const Job& job, const T* x, const Order& 
         copy += job.tokens * wp;
         pointers += pairs;
     }
+    return pointers;
 }
 
 // Places begin..end of expert e: the hidden features o..o+n, rounded to T, as the down product wants them.
@@ -168,7 +170,7 @@ template <class T> void run(const Job& job, const T* x, T* out, int64_t* fault) 
     const Order order = sort_pairs(job);
     const int64_t pairs = order.offsets[order.num_active], stride = padded(job.most_hidden());
     const float** rows[ROW_FORMS] = {};
-    prepare_inputs(job, x, order, rows);
+    const float** hidden_rows = prepare_inputs(job, x, order, rows);
 
     // Experts vary fastest: one with many rows, as the shared one has, is spread over the ranges that threads claim.
     float* hidden = hidden_scratch.get<float>(pairs * stride);
@@ -181,9 +183,6 @@ template <class T> void run(const Job& job, const T* x, T* out, int64_t* fault) 
                             rows, hidden, stride);
     };
 
-    int64_t forms = 0;
-    for (int64_t f = 0; f < ROW_FORMS; ++f) forms += rows[f] != nullptr;
-    const float** hidden_rows = static_cast<const float**>(pointer_scratch.data) + forms * pairs;
     for (int64_t i = 0; i < pairs; ++i) hidden_rows[i] = hidden + i * stride;
     const int64_t panels = (job.width + PANEL_OUTPUTS - 1) / PANEL_OUTPUTS;
     PARALLEL_FOR(p, panels, pairs * job.width * job.most_hidden()) {

@@ -5,7 +5,7 @@ the machine was in one minute or another.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 from bittrue.bench.image import SequenceImage, capture, place, random_image
 from bittrue.bench.result import Label, Measurement, measured, percentile
 from bittrue.bench.timing import once
+from bittrue.config.formats import ceil_div
 from bittrue.config.model import ModelConfig
 from bittrue.config.run import RunConfig
 from bittrue.engine.assembly import numerics
@@ -74,11 +75,32 @@ def engine_config(model: Path, frontier: Frontier, **knobs: object) -> RunConfig
     return draft.model_copy(update={"kv_memory": budget})
 
 
+@dataclass(slots=True)
+class OpSeconds:
+    """Seconds of each op in every one of some steps; ``rest`` is what a step took outside of its ops."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+
+    def timed(self, engine: Engine, step: Callable[[], object]) -> float:
+        """Runs a step of the engine and returns its seconds."""
+        with engine.parts.runner.trace() as times:
+            seconds = once(step)
+        self.steps.append({**times.seconds, "rest": max(0.0, seconds - times.total_s)})
+        return seconds
+
+    def measurements(self, of: str, labels: Mapping[str, Label]) -> Iterator[Measurement]:
+        """One per op, the longest first."""
+        by_op = {op: [step.get(op, 0.0) for step in self.steps] for step in self.steps for op in step}
+        for op in sorted(by_op, key=lambda op: -_median(by_op[op])):
+            yield measured(f"{of}, by op", "s", by_op[op], {**labels, "op": op})
+
+
 @dataclass(frozen=True, slots=True)
 class _Prefill:
     image: SequenceImage
     seconds: float
     last_speed: float  # tokens/s of the last steps
+    last_ops: "OpSeconds"
 
 
 @dataclass(slots=True)
@@ -96,6 +118,8 @@ class FrontierBench:
             yield from self._prepare(context)
             yield from self._memory(context)
         yield from self._decode(contexts)
+        for context in contexts:
+            yield from self._where_decode_goes(context)
 
     # ---- prefill -----------------------------------------------------------------------------------------
 
@@ -118,21 +142,23 @@ class FrontierBench:
         labels: dict[str, Label] = {"context": context, "filled": False}
         yield measured("prefill", "tokens/s", [context / run.seconds for run in runs], labels)
         yield measured("prefill, last steps", "tokens/s", [run.last_speed for run in runs], labels)
+        yield from runs[-1].last_ops.measurements("prefill, last steps", labels)
 
     def _prefill(self, prompt: tuple[int, ...]) -> "_Prefill":
         """One sequence, alone, from nothing to its first token."""
         engine, name = self.engine, "prefill"
         params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
         engine.add(Request(request_id=name, prompt=prompt, params=params))
-        steps: list[float] = []
+        num_before = max(0, ceil_div(len(prompt), engine.run.max_step_tokens) - _LAST_STEPS)
+        before = [once(engine.step) for _ in range(num_before)]
+        last, ops = [], OpSeconds()
         events: list[TokenEvent] = []
         while not events:
-            steps.append(once(lambda: events.extend(engine.step())))
+            last.append(ops.timed(engine, lambda: events.extend(engine.step())))
         image = capture(engine, name)
         self._clear([name])
-        last = steps[-_LAST_STEPS:]
-        last_tokens = len(prompt) - (len(steps) - len(last)) * engine.run.max_step_tokens
-        return _Prefill(image, sum(steps), last_tokens / sum(last))
+        last_tokens = len(prompt) - num_before * engine.run.max_step_tokens
+        return _Prefill(image, sum(before) + sum(last), last_tokens / sum(last), ops)
 
     def _prompt(self, num_tokens: int, index: int) -> tuple[int, ...]:
         vocab = self.engine.config.vocab_size
@@ -198,6 +224,17 @@ class FrontierBench:
         seconds = [once(self.engine.step) for _ in range(self.frontier.steps)]
         self._clear(names)
         return seconds
+
+    def _where_decode_goes(self, context: int) -> Iterator[Measurement]:
+        """Seconds of a decode step by op, in steps of their own: the clocks between the ops take time too."""
+        names = self._place(context)
+        for _ in range(WARM_STEPS):
+            self.engine.step()
+        ops = OpSeconds()
+        for _ in range(self.frontier.steps):
+            ops.timed(self.engine, self.engine.step)
+        self._clear(names)
+        yield from ops.measurements("decode step", {"context": context, "batch": self.frontier.batch})
 
     def _place(self, context: int) -> list[str]:
         return place(self.engine, self.images[context], max_tokens=self.frontier.margin)

@@ -255,7 +255,7 @@ def test_rejected_drafts_leave_no_trace_in_the_window(ops, max_draft):
 @pytest.mark.parametrize("name", ["f32", "bf16", "fp8"])
 @pytest.mark.parametrize("bad", [24, 25])
 def test_a_row_that_a_token_may_not_see_cannot_reach_it_even_if_it_is_nan(ops, name, bad):
-    """Before its position, and from a window later on; in the same pair, vector and step, and from the ring."""
+    """Before its position and from a window later on, in the same pair, vector, step or ring."""
     layer = make(ops, "window", [60], name=name, window=7)
     whole = layer.fresh().run([Part(0, 0, 60)], round_probs=name == "fp8")
     layer.rows[0][bad] = 0xFF

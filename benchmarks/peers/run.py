@@ -141,7 +141,7 @@ def random_ids(count: int, vocab_size: int, seed: int) -> list[int]:
     return ids
 
 
-def prepare(folder: Path, preset: str, names: Sequence[str], peers_python: str) -> dict[str, Path]:
+def prepare(folder: Path, preset: str, names: Sequence[str], peers_python: Path) -> dict[str, Path]:
     """The checkpoint and its GGUF forms, made where they are missing: {placeholder: path}."""
     checkpoint = folder / f"{preset}-{PRECISION}"
     if not checkpoint.exists():
@@ -160,7 +160,7 @@ def prepare(folder: Path, preset: str, names: Sequence[str], peers_python: str) 
                 tell(f"writing {paths[form].name}")
                 options = ["--matrices", matrices, "--pre", pre]
                 command = [
-                    peers_python,
+                    str(peers_python),
                     str(HERE / "to_gguf.py"),
                     str(checkpoint),
                     str(paths[form]),
@@ -219,7 +219,9 @@ def unpruned_tokens(config: ModelConfig) -> int:
 
 def command_line(arguments: argparse.Namespace) -> str:
     """As it was typed, but for where the peers' environment lies on this machine."""
-    words = ["peers/bin/python" if word == arguments.peers_python else word for word in sys.argv]
+    words = [
+        "peers/bin/python" if Path(word).absolute() == arguments.peers_python else word for word in sys.argv
+    ]
     return shlex.join(["python", *words])
 
 
@@ -232,7 +234,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peers-python", required=True, help="the python of the peers' environment")
+    # Absolute, as workers run in their own folder; not resolved: the link is what makes it an environment's.
+    parser.add_argument(
+        "--peers-python",
+        type=lambda path: Path(path).absolute(),
+        required=True,
+        help="the python of the peers' environment",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the result file to write")
     parser.add_argument("--preset", default="t256", help="the random checkpoint that all run")
     parser.add_argument(
@@ -278,7 +286,7 @@ def compare_all(
     threads, checkpoint = arguments.threads, paths["checkpoint"]
     workers = {OURS: start(stack, OURS, our_command(checkpoint, threads, "auto", cells), threads)}
     for name in names:
-        command = peer_command(name, paths, threads, arguments.peers_python)
+        command = peer_command(name, paths, threads, str(arguments.peers_python))
         workers[name] = start(stack, name, command, threads)
     config: dict[str, Label] = {
         "preset": arguments.preset,

@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t CSA_RATIO = 4;
 constexpr int64_t TILE_TOKENS = 16;   // tokens of one sequence that share a block of keys
 constexpr int64_t PASS_TOKENS = 128;  // tokens whose queries are held at a time
-constexpr int64_t LEAST_PART = 1024;  // keys of one token worth a unit of work of their own
+constexpr int64_t PART_PRODUCTS = 1 << 19;  // products of one token worth a unit of work of their own
 constexpr int64_t MOST_SHIFT = 2;     // groups of one vector may differ by this power of two
 constexpr int32_t BYTE_BIAS = 12 << MOST_SHIFT;
 // Integers: twice an E2M1 value. Exponents and weights that keep every product and sum of the integer path a normal number.
@@ -50,7 +50,7 @@ struct Queries {
     uint8_t* scales;  // FP4: [heads, groups]
     float* weights;   // of the chain: times the power of two of the head's integers
     float* plain;     // the weights themselves
-    uint8_t* integer; // [tokens]: the integers do for this token
+    uint8_t *integer_heads, *integer;  // the integers do for this head, for all heads of this token
 };
 
 struct Tile {
@@ -159,30 +159,26 @@ template <class T> bool fp4_query(const T* x, int64_t n, int8_t* twice, int8_t* 
     return true;
 }
 
-template <Words W, class T> void prepare(const Step&, const Index& x, const Queries& to, int64_t t, int64_t at) {
-    const int64_t n = x.row.dim, half = x.rope_dim / 2;
+// Head h of token t, the `at`-th of the pass.
+template <Words W, class T> void prepare(const Index& x, const Queries& to, int64_t t, int64_t at, int64_t h) {
+    const int64_t n = x.row.dim, half = x.rope_dim / 2, i = at * to.heads + h;
     T* row = reinterpret_cast<T*>(work_scratch.get<float>(2 * pad16(n)));
     float* work = reinterpret_cast<float*>(row) + pad16(n);
-    bool integer = x.is_fp4();
-    for (int64_t h = 0; h < to.heads; ++h) {
-        const int64_t i = at * to.heads + h;
-        rope_row(static_cast<const T*>(x.q) + (t * to.heads + h) * n, row, n, x.rope_dim, x.cos + t * half, x.sin + t * half, false);
-        const float weight = x.head_weights[t * to.heads + h] * float(x.weight_scale);
-        to.plain[i] = to.weights[i] = weight;
-        int32_t* words = to.words + i * to.room;
-        if (!x.is_fp4()) {
-            query_words<W>(row, n, words, to.room);
-            continue;
-        }
-        hadamard_row(row, row, n, work);
-        int32_t exponent;
-        integer = fp4_query(row, n, reinterpret_cast<int8_t*>(words), reinterpret_cast<int8_t*>(to.bytes + i * to.room),
-                            to.start + i, to.scales + i * x.row.num_scales(), &exponent) && integer;
-        const float size = weight < 0.0f ? -weight : weight;
-        integer = integer && (size == 0.0f || (size >= LEAST_WEIGHT && size <= MOST_WEIGHT));
-        if (integer) to.weights[i] = weight * float_of(uint32_t(exponent - 1) << 23);  // the integers are doubled
-    }
-    to.integer[at] = integer;
+    rope_row(static_cast<const T*>(x.q) + (t * to.heads + h) * n, row, n, x.rope_dim, x.cos + t * half, x.sin + t * half, false);
+    const float weight = x.head_weights[t * to.heads + h] * float(x.weight_scale);
+    to.plain[i] = to.weights[i] = weight;
+    to.integer_heads[i] = 0;
+    int32_t* words = to.words + i * to.room;
+    if (!x.is_fp4()) return query_words<W>(row, n, words, to.room);
+    hadamard_row(row, row, n, work);
+    int32_t exponent;
+    const float size = weight < 0.0f ? -weight : weight;
+    if (!fp4_query(row, n, reinterpret_cast<int8_t*>(words), reinterpret_cast<int8_t*>(to.bytes + i * to.room), to.start + i,
+                   to.scales + i * x.row.num_scales(), &exponent) ||
+        (size != 0.0f && !(size >= LEAST_WEIGHT && size <= MOST_WEIGHT)))
+        return;
+    to.weights[i] = weight * float_of(uint32_t(exponent - 1) << 23);  // the integers are doubled
+    to.integer_heads[i] = 1;
 }
 
 // ---- keys
@@ -465,24 +461,31 @@ template <Words W, class T> void run_pass(const Step& step, const Index& x, int6
     if (num_tiles == 0) return;
     const int64_t room = x.is_fp4() ? pad16((x.row.dim + 3) / 4) : pad16(W == Words::PAIRS ? (x.row.dim + 1) / 2 : x.row.dim + 1);
     const int64_t num = tokens * heads;
-    int32_t* memory = query_scratch.get<int32_t>(num * (2 * room + 3) + (num * groups + tokens + 3) / 4 + 1);
-    Queries q{heads, room, memory, memory + num * room, memory + 2 * num * room, nullptr, nullptr, nullptr, nullptr};
+    int32_t* memory = query_scratch.get<int32_t>(num * (2 * room + 3) + (num * (groups + 1) + tokens + 3) / 4 + 1);
+    Queries q{heads, room, memory, memory + num * room, memory + 2 * num * room, nullptr, nullptr, nullptr, nullptr, nullptr};
     q.weights = reinterpret_cast<float*>(q.start + num);
     q.plain = q.weights + num;
     q.scales = reinterpret_cast<uint8_t*>(q.plain + num);
-    q.integer = q.scales + num * groups;
+    q.integer_heads = q.scales + num * groups;
+    q.integer = q.integer_heads + num;
     int64_t keys = 0, most = 0, widest = 0;
     for (int64_t i = 0; i < num_tiles; ++i) {
         keys += tiles[i].most * tiles[i].count;
         most = tiles[i].most > most ? tiles[i].most : most;
         widest = tiles[i].count > widest ? tiles[i].count : widest;
     }
-    PARALLEL_FOR(t, tokens, num * x.row.dim * 4) {
-        if (x.visible(step, first + t) > x.k) prepare<W, T>(step, x, q, first + t, t);
+    PARALLEL_FOR(i, num, num * x.row.dim * 4) {
+        const int64_t t = i / heads;
+        if (x.visible(step, first + t) > x.k) prepare<W, T>(x, q, first + t, t, i % heads);
     };
+    for (int64_t t = 0; t < tokens; ++t) {
+        q.integer[t] = 1;
+        for (int64_t h = 0; h < heads; ++h) q.integer[t] &= q.integer_heads[t * heads + h];
+    }
     // Few tiles: their keys go to different threads.
     int64_t parts = num_tiles < 4 * bittrue_threads() ? (8 * bittrue_threads() + num_tiles - 1) / num_tiles : 1;
-    if (parts > most / LEAST_PART) parts = most / LEAST_PART > 0 ? most / LEAST_PART : 1;
+    const int64_t worth = most * heads * x.row.dim / PART_PRODUCTS;
+    if (parts > worth) parts = worth > 0 ? worth : 1;
     const int64_t part_keys = ((most + parts - 1) / parts + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
     const int64_t cells = num_tiles * parts * widest, cell = 2 * found_room(x.k);
     char* places = found_scratch.get<char>(cells * (int64_t(sizeof(Found)) + 4 * cell));

@@ -268,10 +268,19 @@ def ops_table(measurements: Sequence[Measurement], roof: Roof) -> Table:
     return table
 
 
+LEAST_SHARE = 0.05  # of the longest op: what a table still shows
+
+
 def plain_table(measurements: Sequence[Measurement]) -> Table:
-    """One line per measurement."""
+    """One line per measurement; of the times by op those that count (JSON holds all)."""
     table = Table("measurement", "median", "10-90 %", "repeats", "labels")
+    longest: dict[str, float] = {}
     for m in measurements:
+        if "op" in m.labels:
+            # The longest op of a step comes first.
+            step = f"{m.name} {m.labels['context']}"
+            if m.median < LEAST_SHARE * longest.setdefault(step, m.median):
+                continue
         labels = ", ".join(f"{name} {_label(value)}" for name, value in m.labels.items())
         spread = f"{shown(m, m.low)} - {shown(m, m.high)}" if m.repeats > 1 else ""
         table.add_row(m.name, shown(m, m.median), spread, str(m.repeats), labels)

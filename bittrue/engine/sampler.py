@@ -102,6 +102,9 @@ def _is_plain(item: SampleInput) -> bool:
 def choose_tokens(logits: Tensor, items: Sequence[SampleInput], ops: OpTable) -> list[int]:
     """The chosen token id per row of ``logits`` [R, V] f32. Temperature 0 is the arg-max; the smaller id
     wins a tie."""
+    if all(item.params.temperature == 0 and _is_plain(item) for item in items):
+        best: list[int] = ops.argmax(logits).tolist()
+        return best
     rows = logits.numpy()
     vocab = logits.shape[1]
     noisy = [i for i, item in enumerate(items) if item.params.temperature > 0]

@@ -21,6 +21,7 @@ TOKEN_BYTES = 48
 LOGIT_ROWS = 64  # rows of logits at a time (engine/runner.py)
 _LOGIT_COPIES = 4  # logits, scores, and what sampling sorts
 GRAPH_SEQUENCES = 32  # decode steps of up to so many sequences are captured (engine/runner.py)
+GRAPH_BLOCK_BYTES = 1 << 20  # it grows by so much at least (ops/cpu/capture.py)
 _OS_PAGE_BYTES = 4096
 # Work space of the kernels (ops/cpu/csrc): tokens of one pass of the index, places for what its threads find,
 # decoded cache rows and weight rows a thread holds.
@@ -142,13 +143,13 @@ def step_bytes(shape: StepShape, *, act: ActDtype, bounds: StepBounds) -> int:
 
 
 def graph_bytes(shape: StepShape, *, act: ActDtype, pages: int, bounds: StepBounds) -> int:
-    """What captured decode steps keep: every result of every layer, in memory that all of them share, and
-    each a page table of its own, resident where it has been written."""
+    """What captured decode steps keep: the results of one layer, in memory that all layers and all captures
+    share, and each a page table of its own, resident where it has been written."""
     most = min(GRAPH_SEQUENCES, bounds.max_running)
     row_bytes = min(pages, pages_for(bounds.max_context)) * 4
     rows = most * (most + 1) // 2
     tables = min(rows * row_bytes, rows * _OS_PAGE_BYTES + most * pages * 4)
-    return most * (shape.num_layers * _token_bytes(shape, act) + shape.vocab_size * 4) + tables
+    return GRAPH_BLOCK_BYTES + most * (_token_bytes(shape, act) + shape.vocab_size * 4) + tables
 
 
 def _token_bytes(shape: StepShape, act: ActDtype) -> int:

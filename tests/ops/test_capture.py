@@ -75,6 +75,25 @@ def test_workspace_gives_aligned_memory_that_does_not_overlap_until_rewound() ->
     assert workspace.num_bytes == held
 
 
+def test_memory_of_a_dropped_tensor_is_given_again_but_not_that_of_a_viewed_one() -> None:
+    x, norm, _ = inputs()
+    places: list[int] = []
+
+    def chain(ops: OpTable) -> Tensor:
+        kept = ops.rms_norm(x, norm, 1e-6).view(-1)
+        y = ops.rms_norm(x, None, 1e-6)
+        for _ in range(20):
+            y = ops.rms_norm(y, norm, 1e-6)
+            places.append(y.data_ptr())
+        return kept
+
+    assert OPS.capture is not None
+    kept = OPS.capture(chain).replay()
+    assert len(set(places)) == 2  # the input of a call and its output, in turn
+    assert kept.data_ptr() not in places
+    assert first_difference(kept, OPS.rms_norm(x, norm, 1e-6).view(-1)) is None
+
+
 def test_timed_replay_names_every_call_and_gives_the_same_bits() -> None:
     x, norm, matrix = inputs()
     assert OPS.capture is not None

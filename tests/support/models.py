@@ -69,7 +69,7 @@ def logits_of(runner: Runner, token_ids: Sequence[int], chunks: Sequence[int], *
     for count in chunks:
         segment = Segment(token_ids[start : start + count], start, start, slot, page_ids)
         streams = runner.forward([segment])
-        parts += [logits for _, logits in runner.logits_by_block(streams, range(count))]
+        parts += [logits.clone() for _, logits in runner.logits_by_block(streams, range(count))]
         start += count
     return torch.cat(parts)
 

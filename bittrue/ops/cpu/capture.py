@@ -8,15 +8,17 @@ kernels in the same order on the same arguments.
 import ctypes
 import math
 import struct
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bittrue.config.formats import ceil_div
 from bittrue.errors import BackendUnavailable
 from bittrue.ops.contracts import OpTable
 from bittrue.ops.cpu.library import BUILD_REMEDY, F32, LIBRARY_PATH, PTR, Kernel, Kernels
@@ -29,37 +31,79 @@ _BLOCK_BYTES = 1 << 20
 _ALIGNMENT = 64
 
 
+class Lease:
+    """A span of the workspace, held while a tensor over it lives: it carries the lease as an attribute."""
+
+    __slots__ = ("_generation", "_span", "_workspace")
+
+    def __init__(self, workspace: "Workspace", span: "_Span") -> None:
+        self._workspace, self._span = workspace, span
+        self._generation = workspace.generation
+
+    def __del__(self) -> None:
+        if self._generation == self._workspace.generation:
+            self._workspace.give_back(self._span)
+
+
+class _Span(NamedTuple):
+    """Bytes ``start`` to ``end`` of a block."""
+
+    block: int
+    start: int
+    end: int
+
+
 class Workspace:
-    """Memory that captured functions write to, one after the other: each starts again at its beginning."""
+    """Memory that captured functions write to, one after the other: each starts with all of it free.
+
+    While a function is captured, what its tensors no longer need goes to the ops that follow: calls are
+    replayed in order, so who writes there later does so after the last reader.
+    """
 
     def __init__(self) -> None:
+        self.generation = 0
         self._blocks: list[Tensor] = []
-        self._block = 0
-        self._used = 0
+        self._free: list[_Span] = []  # in order, none touching the next
 
     @property
     def num_bytes(self) -> int:
         return sum(block.nbytes for block in self._blocks)
 
     def rewind(self) -> None:
-        self._block = self._used = 0
+        """Frees everything: tensors of earlier captures are overwritten when the next is replayed."""
+        self.generation += 1
+        self._free = [_Span(i, 0, block.nbytes) for i, block in enumerate(self._blocks)]
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of the next free bytes, not cleared."""
+        """A tensor of the first free bytes that suffice, not cleared."""
         num_bytes = math.prod(shape) * dtype.itemsize
-        while self._block < len(self._blocks):
-            block = self._blocks[self._block]
-            if self._used + num_bytes <= block.nbytes:
-                break
-            self._block, self._used = self._block + 1, 0
-        else:
-            size = max(_BLOCK_BYTES, num_bytes)
-            # An array of numpy's starts where it likes: begin at a cache line.
-            raw = torch.from_numpy(np.empty(size + _ALIGNMENT, dtype=np.uint8))
-            block = raw[-raw.data_ptr() % _ALIGNMENT :][:size]
-            self._blocks.append(block)
-        start, self._used = self._used, self._used + -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-        return block[start : start + num_bytes].view(dtype).view(shape)
+        size = max(1, ceil_div(num_bytes, _ALIGNMENT)) * _ALIGNMENT
+        place = next((i for i, span in enumerate(self._free) if span.end - span.start >= size), None)
+        if place is None:
+            place = self._add_block(max(_BLOCK_BYTES, size))
+        block, start, end = self._free[place]
+        self._free[place : place + 1] = [_Span(block, start + size, end)] if start + size < end else []
+        made = self._blocks[block][start : start + num_bytes].view(dtype).view(shape)
+        made.lease = Lease(self, _Span(block, start, start + size))  # type: ignore[attr-defined]
+        return made
+
+    def give_back(self, span: _Span) -> None:
+        insort(self._free, span)
+        joined: list[_Span] = []
+        for each in self._free:
+            if joined and joined[-1].block == each.block and joined[-1].end == each.start:
+                joined[-1] = _Span(each.block, joined[-1].start, each.end)
+            else:
+                joined.append(each)
+        self._free = joined
+
+    def _add_block(self, size: int) -> int:
+        """A new block; returns its place among the free spans."""
+        # An array of numpy's starts where it likes: begin at a cache line.
+        raw = torch.from_numpy(np.empty(size + _ALIGNMENT, dtype=np.uint8))
+        self._blocks.append(raw[-raw.data_ptr() % _ALIGNMENT :][:size])
+        self._free.append(_Span(len(self._blocks) - 1, 0, size))
+        return len(self._free) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +190,10 @@ class _OnlyMemory(TorchDispatchMode):
         if name == "empty_like":
             return self._workspace.take(tuple(args[0].shape), args[0].dtype)
         if name in _VIEWS:
-            return func(*args, **kwargs)
+            made = func(*args, **kwargs)
+            if hasattr(args[0], "lease"):
+                made.lease = args[0].lease
+            return made
         raise RuntimeError(f"a captured step may only call kernels, but it calls torch's {name}")
 
 

@@ -25,7 +25,7 @@ GRAPH_BLOCK_BYTES = 1 << 20  # it grows by so much at least (ops/cpu/capture.py)
 _OS_PAGE_BYTES = 4096
 # Work space of the kernels (ops/cpu/csrc): tokens of one pass of the index, places for what its threads find,
 # decoded cache rows and weight rows a thread holds.
-_INDEX_CELLS, _INDEX_CELLS_PER_THREAD = 2048, 192
+_INDEX_CELLS, _INDEX_CELLS_PER_THREAD, _INDEX_CELL_BYTES, _INDEX_TOKENS = 2048, 192, 4144, 128
 _KEPT_ROWS_BYTES = 1 << 20
 _PANEL_ROWS = 64
 _PARTS: tuple[PartName, ...] = ("rows", "keys", "window", "csa", "csa_index", "hca_fold", "hca_pending")
@@ -137,7 +137,8 @@ def step_bytes(shape: StepShape, *, act: ActDtype, bounds: StepBounds) -> int:
     logits = rows * shape.vocab_size * 4 * _LOGIT_COPIES
     page_table = 2 * 4 * bounds.max_running * pages_for(bounds.max_context)
     cells = max(_INDEX_CELLS, _INDEX_CELLS_PER_THREAD * bounds.threads)
-    found = cells * (16 * shape.index_topk + 64)
+    found = cells * (16 * shape.index_topk + _INDEX_CELL_BYTES)
+    found += _INDEX_TOKENS * shape.index_num_heads * (2 * shape.index_head_dim + 3) * 4
     threads = bounds.threads * _thread_bytes(shape, bounds.max_context)
     return tokens * _token_bytes(shape, act) + logits + page_table + found + threads
 

@@ -84,12 +84,13 @@ def test_the_buffers_of_a_step_grow_with_its_tokens_and_hardly_with_the_context(
     assert at(max_context=1 << 20) < 1 << 30
 
 
-def test_captured_steps_hold_a_token_of_every_layer_by_sequence() -> None:
+def test_captured_steps_hold_one_layer_by_sequence_however_deep_the_model() -> None:
     def at(most: int, pages: int = 1000) -> int:
         return graph_bytes(Shape(), act="bf16", pages=pages, bounds=replace(BOUNDS, max_running=most))
 
-    assert 43 * 0.4e6 < at(1) < 43 * 2e6
-    assert at(32) > 30 * at(1)
+    block = 1 << 20
+    assert 0.4e6 < at(1) - block < 3e6
+    assert at(32) - block > 30 * (at(1) - block)
     assert at(32) == at(1000)  # more sequences are not captured
     assert (
         0 < at(8, pages=100_000) - at(8, pages=1000) <= 36 * 8192 * 4

@@ -21,9 +21,11 @@ LAWS = {"L1 chunking", "L2 batching", "L8 threads"}
 def split_by_shape(honest: OpTable) -> OpTable:
     """A linear layer that sums in two halves when it has more than one row: a split chosen by shape."""
 
-    def linear(x: torch.Tensor, weight: Weight, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    def linear(
+        x: torch.Tensor, weight: Weight, *, quantize: bool = False, out_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         if x.shape[0] == 1 or weight.format in ("fp8", "fp4"):
-            return honest.linear(x, weight, out_dtype=out_dtype)
+            return honest.linear(x, weight, quantize=quantize, out_dtype=out_dtype)
         half = x.shape[1] // 2
         parts = [
             honest.linear(
@@ -35,7 +37,7 @@ def split_by_shape(honest: OpTable) -> OpTable:
         ]
         return (parts[0] + parts[1]).to(out_dtype or x.dtype)
 
-    return dataclasses.replace(honest, linear=linear)
+    return honest.with_ops(linear=linear)
 
 
 @pytest.fixture(scope="module")

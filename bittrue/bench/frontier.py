@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bittrue.bench.floor import decode_floor
 from bittrue.bench.image import SequenceImage, capture, place, random_image
 from bittrue.bench.result import Label, Measurement, measured, percentile
 from bittrue.bench.timing import once
@@ -209,7 +210,8 @@ class FrontierBench:
             steps = [step for each in rounds[context] for step in each]
             filled = self.images[context][0].is_filled
             labels: dict[str, Label] = {"context": context, "batch": frontier.batch, "filled": filled}
-            yield measured("decode step", "s", steps, labels)
+            num_bytes, flops = decode_floor(self.engine, context, frontier.batch)
+            yield measured("decode step", "s", steps, labels, num_bytes=num_bytes, flops=flops)
             yield measured("decode", "tokens/s", [frontier.batch / step for step in steps], labels)
             if _REFERENCE_CONTEXT in rounds and context != _REFERENCE_CONTEXT:
                 pairs = zip(rounds[_REFERENCE_CONTEXT], rounds[context], strict=True)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from bittrue.bench.result import Label, Measurement, Result
 from bittrue.bench.targets import Results, Target, targets
 
+_LEAST_SHARE = 0.02  # of a step: what an op takes to have a line
 _HEAD = """\
 # Benchmarks
 
@@ -33,7 +34,8 @@ _FRONTIER = """\
 
 Where rows are *random*, the cache was filled, not computed. *Last steps* is the speed at the end of a
 prefill. *Over 4,096* compares decode steps timed in turn. *Over ledger* is resident memory over what the
-ledger says with the held pages and slots counted.
+ledger says with the held pages and slots counted. Steps timed by op carry clocks between the ops and are
+not those timed as a whole; the floor is the least a step must read and compute (`bittrue/bench/floor.py`).
 
 """
 _OPS = """\
@@ -154,6 +156,36 @@ def _frontier_table(r: Result) -> Iterator[str]:
             cell("resident", 1e-6) + " MB",
             cell("resident over ledger", 1.0, 3),
         )
+    yield "\n"
+    yield from _by_op(r, "decode step", "ms of a decode step")
+    yield from _by_op(r, "prefill, last steps", "ms of one of the last steps of a prefill")
+
+
+def _by_op(r: Result, of: str, title: str) -> Iterator[str]:
+    """Where the time of steps goes: an op a line, a context a column; for decode steps with their floor."""
+    found = [m for m in r.measurements if m.name == f"{of}, by op"]
+    contexts = list(dict.fromkeys(m.labels["context"] for m in found))
+    if not contexts:
+        return
+    totals = {c: sum(m.median for m in found if m.labels["context"] == c) for c in contexts}
+    shares: dict[str, list[float]] = {}
+    for m in found:
+        shares.setdefault(str(m.labels["op"]), []).append(m.median / totals[m.labels["context"]])
+    yield _head(f"{title}, by op", *(f"{int(c):,}" for c in contexts))
+    for op in sorted(shares, key=lambda op: -max(shares[op])):
+        if max(shares[op]) >= _LEAST_SHARE:
+            each = (r.find(f"{of}, by op", op=op, context=c) for c in contexts)
+            cells = (
+                "" if m is None else f"{m.median * 1e3:.3f} ({m.median / totals[c]:.0%})"
+                for m, c in zip(each, contexts, strict=True)
+            )
+            yield _row("outside of the ops" if op == "rest" else f"`{op}`", *cells)
+    steps = [s for c in contexts if (s := r.find(of, context=c)) is not None and s.bytes]
+    if len(steps) == len(contexts):
+        yield _row("floor: MB to read", *(f"{m.bytes / 1e6:,.1f}" for m in steps))
+        yield _row("floor: million operations", *(f"{m.flops / 1e6:,.0f}" for m in steps))
+        yield _row("reached: GB/s", *(f"{m.bytes_per_s / 1e9:.1f}" for m in steps))
+        yield _row("reached: GFLOP/s", *(f"{m.flops_per_s / 1e9:.1f}" for m in steps))
     yield "\n"
 
 

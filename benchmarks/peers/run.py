@@ -45,6 +45,9 @@ class Cell:
     batch: int
     context: int
 
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.context}"
+
 
 WARM_TOKENS = 64  # of each prompt, computed once before anything is timed
 CELLS = (Cell(1, 256), Cell(1, 4096), Cell(8, 4096), Cell(1, 32768))
@@ -230,6 +233,12 @@ def tell(line: str) -> None:
     sys.stderr.flush()
 
 
+def parse_cells(text: str) -> tuple[Cell, ...]:
+    """1x256,8x4096 -> cells. Raises ValueError."""
+    pairs = (cell.split("x") for cell in text.split(","))
+    return tuple(Cell(int(batch), int(context)) for batch, context in pairs)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -247,6 +256,12 @@ def parse() -> argparse.Namespace:
         "--folder", type=Path, default=Path("models/generated/peers"), help="where it is kept"
     )
     parser.add_argument("--peers", default=DEFAULT_PEERS, help=f"by comma, of {', '.join(PEERS)}")
+    parser.add_argument(
+        "--cells",
+        type=parse_cells,
+        default=CELLS,
+        help="sequences x prompt tokens, by comma (default: %s)" % ",".join(map(str, CELLS)),
+    )
     parser.add_argument("--threads", type=int, default=2, help="of every engine")
     parser.add_argument("--prefill-rounds", type=int, default=3)
     parser.add_argument("--decode-rounds", type=int, default=5)
@@ -266,7 +281,7 @@ def main() -> None:
     unknown = [name for name in names if name not in PEERS]
     if unknown:
         raise SystemExit(f"unknown peers {', '.join(unknown)}: choose of {', '.join(PEERS)}")
-    cells = QUICK_CELLS if arguments.quick else CELLS
+    cells = QUICK_CELLS if arguments.quick else arguments.cells
     rounds = (1, 2) if arguments.quick else (arguments.prefill_rounds, arguments.decode_rounds)
     turns = Turns(*rounds, arguments.steps, arguments.seconds, arguments.patience)
     paths = prepare(arguments.folder, arguments.preset, names, arguments.peers_python)

@@ -66,6 +66,7 @@ def page(results: Results) -> str:
         (_OPS, "ops", _ops_tables),
         (_SERVER, "server", _seconds_table),
         ("## Under load\n\n", "serving", _seconds_table),
+        ("## A long prompt over HTTP\n\n", "long-prompt", _chunks_table),
     )
     for head, benchmark, tables in sections:
         chosen = {file: r for file, r in results.items() if r.benchmark == benchmark}
@@ -224,6 +225,25 @@ def _seconds_table(r: Result) -> Iterator[str]:
         spread = f"{_shown(m.low, m.unit)} to {_shown(m.high, m.unit)}" if m.repeats > 1 else ""
         tail = _shown(float(m.labels["p99"]), m.unit) if "p99" in m.labels else ""
         yield _row(m.name, _shown(m.median, m.unit), spread, tail, str(m.repeats))
+    yield "\n"
+
+
+def _chunks_table(r: Result) -> Iterator[str]:
+    """One line per chunk size; every one after the first is compared with it."""
+    yield _head("tokens a step", "first token", "prefill", "decode", "largest resident", "same bits")
+    for first in (m for m in r.measurements if m.name == "time to first token"):
+        chunk = first.labels["chunk"]
+        names = ("prefill", "decode", "largest resident", "same bits as the first")
+        prefill, decode, resident, same = (r.find(name, chunk=chunk) for name in names)
+        assert prefill and decode and resident and same
+        yield _row(
+            str(chunk),
+            _shown(first.median, "s"),
+            _shown(prefill.median, prefill.unit),
+            _shown(decode.median, decode.unit),
+            f"{resident.median / 1e6:,.0f} MB",
+            "yes" if same.median else "**no**",
+        )
     yield "\n"
 
 

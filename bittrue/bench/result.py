@@ -14,7 +14,7 @@ import msgspec
 
 from bittrue.errors import UsageError
 
-Benchmark = Literal["ops", "frontier", "serving", "server", "peers"]
+Benchmark = Literal["ops", "frontier", "serving", "server", "peers", "long-prompt"]
 Unit = Literal["s", "tokens/s", "requests/s", "bytes", "bytes/s", "flop/s", "ratio", "count"]
 Label = str | int | float | bool
 

@@ -260,7 +260,7 @@ def parse() -> argparse.Namespace:
         "--cells",
         type=parse_cells,
         default=CELLS,
-        help="sequences x prompt tokens, by comma (default: %s)" % ",".join(map(str, CELLS)),
+        help=f"sequences x prompt tokens, by comma (default: {','.join(map(str, CELLS))})",
     )
     parser.add_argument("--threads", type=int, default=2, help="of every engine")
     parser.add_argument("--prefill-rounds", type=int, default=3)

@@ -58,7 +58,7 @@ class Result:
     benchmark: Benchmark
     machine: str
     cores: int
-    commit: str  # with "+" when the tree had uncommitted changes; "unknown" outside a checkout
+    commit: str  # with "+" when the package had uncommitted changes; "unknown" outside a checkout
     date: str  # UTC, ISO 8601
     command: str
     config: dict[str, Label]
@@ -144,7 +144,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
@@ -153,4 +153,4 @@ def _commit() -> str:
     head = git("rev-parse", "--short=12", "HEAD")
     if not head:
         return "unknown"
-    return head + ("+" if git("status", "--porcelain") else "")
+    return head + ("+" if git("status", "--porcelain", "--", ".") else "")

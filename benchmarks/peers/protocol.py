@@ -89,18 +89,15 @@ class Worker:
 
     def __init__(self, name: str, command: Sequence[str], *, threads: int) -> None:
         self.name = name
-        # Threads that wait asleep: the engine whose turn it is gets the cores.
-        waits = {
-            "OMP_NUM_THREADS": str(threads),
-            "OMP_WAIT_POLICY": "passive",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        # OpenMP's default, which the peers are tuned for: threads spin for a moment, then sleep.
+        environment.pop("OMP_WAIT_POLICY", None)
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, **waits},
+            env=environment,
             cwd=Path(__file__).parent,
         )
         self.facts: dict[str, str] = self._read()

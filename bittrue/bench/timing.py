@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping
 
 Call = Callable[[], object]
 
+# Before a call in turn with others: by then the threads of the one before have stopped spinning for more work.
+REST_S = 0.02
+
 
 def time_call(call: Call, *, seconds: float, least: int = 5) -> list[float]:
     """Timings in seconds: at least ``least``, more while they fit in ``seconds``. One warm-up is dropped."""
@@ -29,6 +32,7 @@ def time_in_turn(calls: Mapping[str, Call], *, seconds: float, least: int = 5) -
     end_s = time.perf_counter() + seconds
     while len(timings[order[0]]) < least or time.perf_counter() < end_s:
         for name in order:
+            time.sleep(REST_S)
             timings[name].append(once(calls[name]))
         order.reverse()
     return timings

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 Call = Callable[[], object]
 
-# Before a call in turn with others: by then the threads of the one before have stopped spinning for more work.
+# Before a call in turn with others: by then the threads of the one before no longer spin for more work.
 REST_S = 0.02
 
 

@@ -21,7 +21,7 @@ TOKEN_BYTES = 48
 LOGIT_ROWS = 64  # rows of logits at a time (engine/runner.py)
 _LOGIT_COPIES = 4  # logits, scores, and what sampling sorts
 GRAPH_SEQUENCES = 32  # decode steps of up to so many sequences are captured (engine/runner.py)
-GRAPH_BLOCK_BYTES = 1 << 20  # it grows by so much at least (ops/cpu/capture.py)
+GRAPH_BLOCK_BYTES = 1 << 20  # what large pages, touched in part, add to the memory they share
 _OS_PAGE_BYTES = 4096
 # Work space of the kernels (ops/cpu/csrc): tokens of one pass of the index, places for what its threads find,
 # decoded cache rows and weight rows a thread holds.

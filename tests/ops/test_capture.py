@@ -75,6 +75,15 @@ def test_workspace_gives_aligned_memory_that_does_not_overlap_until_rewound() ->
     assert workspace.num_bytes == held
 
 
+def test_captures_that_grow_row_by_row_share_the_memory_of_the_largest() -> None:
+    """As sequences join one by one: in blocks just large enough, each step would need another."""
+    workspace, vocab, most = Workspace(), 129_280, 32
+    for rows in range(1, most + 1):
+        workspace.rewind()
+        workspace.take((rows, vocab), torch.float32)
+    assert workspace.num_bytes < 5 * most * vocab * 4
+
+
 def test_memory_of_a_dropped_tensor_is_given_again_but_not_that_of_a_viewed_one() -> None:
     x, norm, _ = inputs()
     places: list[int] = []

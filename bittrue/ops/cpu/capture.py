@@ -27,7 +27,9 @@ from bittrue.ops.cpu.library import BUILD_REMEDY, F32, LIBRARY_PATH, PTR, Kernel
 _VIEWS = frozenset(
     {"view", "_unsafe_view", "slice", "select", "unsqueeze", "squeeze", "alias", "detach", "t"}
 )
-_BLOCK_BYTES = 1 << 20
+# Of address space: a block takes memory only where something is written. One block holds all captures, or
+# nearly: in blocks just large enough, each capture with one row more than the last would need another.
+_BLOCK_BYTES = 64 << 20
 _ALIGNMENT = 64
 
 
@@ -67,6 +69,7 @@ class Workspace:
 
     @property
     def num_bytes(self) -> int:
+        """Of address space; of memory, what the largest capture used."""
         return sum(block.nbytes for block in self._blocks)
 
     def rewind(self) -> None:
@@ -208,7 +211,7 @@ class CpuCapture:
 
     @property
     def num_bytes(self) -> int:
-        """Memory held for the results of captured functions."""
+        """Address space held for the results of captured functions."""
         return self._workspace.num_bytes
 
     def covers(self, table: OpTable) -> bool:

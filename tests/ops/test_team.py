@@ -149,3 +149,30 @@ def test_a_forked_child_hires_a_team_of_its_own() -> None:
         [sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+FEW_THREADS = """
+import resource, torch
+from pathlib import Path
+from bittrue.ops.cpu.library import load_kernels
+from bittrue.ops.dispatch import select
+
+torch.set_num_threads(1)  # torch's own threads would end the process
+kernels, ops = load_kernels(), select("cpu")
+x = torch.randn(64, 8192, generator=torch.Generator().manual_seed(0))
+kernels.set_threads(1)
+want = ops.rms_norm(x, None, 1e-6)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+# Room for the stacks of some threads, not of a thousand.
+resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
+kernels.set_threads(1024)
+for _ in range(3):
+    assert torch.equal(ops.rms_norm(x, None, 1e-6), want)
+"""
+
+
+def test_a_system_that_gives_fewer_threads_gets_the_same_results_from_those() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_THREADS], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@
 #include <chrono>
 #include <mutex>
 #include <new>
+#include <system_error>
 #include <thread>
 
 #include <pthread.h>
@@ -42,6 +43,7 @@ std::atomic<int64_t> sleepers{0};
 std::atomic<int64_t> wanted{0};       // 0: as many as this process may run on
 std::mutex busy;                      // held by the caller whose loop is open
 int64_t num_workers = 0;              // guarded by busy
+int64_t most_workers = INT64_MAX;     // guarded by busy; as many as there are, once the system refused one
 uint32_t last_number = 0;             // guarded by busy
 thread_local bool is_sharing = false; // this thread is inside a loop: a loop within it is not shared again
 
@@ -56,7 +58,8 @@ void relax() {
 int64_t processors() {
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
-    return int64_t(std::thread::hardware_concurrency());
+    const int64_t told = std::thread::hardware_concurrency();  // 0: it cannot tell
+    return told > 0 ? told : 1;
 }
 
 void claim_ranges() {
@@ -100,15 +103,21 @@ void work(int64_t index) {
 void forget_workers() {
     new (&busy) std::mutex;
     num_workers = 0;
+    most_workers = INT64_MAX;
     loop.open.store(0);
     loop.inside.store(0);
     sleepers.store(0);
 }
 
+// Fewer than `count` where the system gives no more threads (limits of memory or processes): a loop is whole with any number.
 void hire(int64_t count) {
     static std::once_flag once;
     std::call_once(once, [] { pthread_atfork(nullptr, nullptr, forget_workers); });
-    for (; num_workers < count; ++num_workers) std::thread(work, num_workers).detach();
+    try {
+        for (; num_workers < count && num_workers < most_workers; ++num_workers) std::thread(work, num_workers).detach();
+    } catch (const std::system_error&) {
+        most_workers = num_workers;
+    }
 }
 
 }  // namespace

@@ -317,7 +317,7 @@ class EngineClient:
             self.metrics.count("bittrue_engine_restarts")
             try:
                 ready = await self._adopt(last.again(verified=self.ready.verified))
-            except BittrueError as error:
+            except (BittrueError, OSError) as error:  # OSError: no memory or no place for a process
                 self.log.error("engine_restart_failed", error=error)
                 continue
             if ready.fingerprint != self.ready.fingerprint:

@@ -1,4 +1,5 @@
 import asyncio
+import errno
 import io
 import os
 import signal
@@ -123,6 +124,29 @@ def test_request_sent_while_the_engine_is_down_is_served_by_the_next_one(tmp_pat
         while client.is_up:
             await asyncio.sleep(0.005)
         assert await collect(client, [a_request("r")]) == expected
+
+    run_client(tmp_path, body, options=StandinOptions())
+
+
+def test_a_restart_for_which_the_system_has_no_process_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = EngineProcess.again
+    refusals = [OSError(errno.EAGAIN, "no more processes"), OSError(errno.ENOMEM, "no memory")]
+
+    def scarce(process: EngineProcess, *, verified: str) -> EngineProcess:
+        if refusals:
+            raise refusals.pop()
+        return again(process, verified=verified)
+
+    monkeypatch.setattr(EngineProcess, "again", scarce)
+
+    async def body(client: EngineClient) -> None:
+        undisturbed = await collect(client, [a_request("r")])
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        assert await collect(client, [a_request("r")]) == undisturbed
+        assert refusals == []
 
     run_client(tmp_path, body, options=StandinOptions())
 

@@ -26,6 +26,7 @@ def verify(
     level: Literal["auto", "maths", "published"] = "auto",
     act: Literal["auto", "f32", "bf16"] = "auto",
     backend: Literal["cpu", "reference"] = "cpu",
+    isa: Literal["auto", "portable", "avx2", "avx512"] = "auto",
     max_tokens: Annotated[int, Parameter(help="Longest prompt to compare.")] = 2400,
     rounds: Annotated[int, Parameter(help="Random variants of each law.")] = 2,
     seed: Annotated[int, Parameter(help="Seed of prompts, chunks and batches.")] = 0,
@@ -39,7 +40,14 @@ def verify(
     for name, value, least in (("max-tokens", max_tokens, 2), ("rounds", rounds, 1), ("seed", seed, 0)):
         if value < least:
             raise UsageError(f"--{name} is {value}; it must be at least {least}")
-    flags = {"model": str(model), "level": level, "act": act, "backend": backend, "kv_memory": "512MiB"}
+    flags = {
+        "model": str(model),
+        "level": level,
+        "act": act,
+        "backend": backend,
+        "isa": isa,
+        "kv_memory": "512MiB",
+    }
     with LoadProgress(Log(sys.stderr), str(model)) as progress:
         engine = Engine(model, load_run_config(None, flags), progress=progress)
     story = Console(stderr=True)
@@ -53,7 +61,7 @@ def verify(
             highlight=False,
         )
     cores = os.cpu_count() or 1
-    counts = sorted({1, 2, 3, cores})
+    counts = sorted({1, 2, 5, cores})
     results = []
     with story.status("comparing") as status:
         for result in verify_laws(engine, max_tokens=max_tokens, rounds=rounds, seed=seed, threads=counts):

@@ -1,7 +1,6 @@
 """Builds what an engine runs on from a checkpoint directory and a RunConfig: everything that is chosen
 once."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from bittrue.model.deepseek_v4 import DeepseekV4
 from bittrue.model.weights import Checkpoint, load_checkpoint, weight, weight_version
 from bittrue.ops.contracts import OpTable
 from bittrue.ops.dispatch import select
+from bittrue.ops.threads import threads_of
 from bittrue.text.grammar import DelayedGrammar, GrammarCompiler, GrammarState
 from bittrue.text.tokenizer import Tokenizer
 
@@ -95,7 +95,7 @@ def assemble(run: RunConfig, *, progress: Progress | None = None, verified: str 
                 max_step_tokens=run.max_step_tokens,
                 max_running=run.max_running,
                 max_context=max_context,
-                threads=run.threads or os.cpu_count() or 1,
+                threads=threads_of(ops),
             ),
         ),
         verified=checkpoint.stamp,

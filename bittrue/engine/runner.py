@@ -9,16 +9,12 @@ from torch import Tensor
 
 from bittrue.engine.graphs import DecodeGraph
 from bittrue.kv.layout import pages_for
+from bittrue.kv.ledger import GRAPH_SEQUENCES, LOGIT_ROWS
 from bittrue.model.batch import Segment, build_batch
 from bittrue.model.deepseek_v4 import DeepseekV4
 from bittrue.obs.trace import OpTimes
 from bittrue.ops.contracts import PAGE_TOKENS, LayerCache
 from bittrue.ops.traced import traced
-
-# Logits of one block of rows are held at a time: 64 rows of 129,280 ids are 33 MB.
-LOGIT_ROWS = 64
-# Sequences of a captured step at most: beyond, the kernels take far longer than the Python between them.
-GRAPH_SEQUENCES = 32
 
 
 class Runner:

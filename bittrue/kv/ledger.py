@@ -18,9 +18,11 @@ VOCAB_ENTRY_BYTES = 1792
 # A token id that waits or is in the cache: an int, and its places in the request and in the sequence.
 TOKEN_BYTES = 48
 
-LOGIT_ROWS = 64  # rows of logits at a time (engine/runner.py)
+# Logits of one block of rows are held at a time: 64 rows of 129,280 ids are 33 MB.
+LOGIT_ROWS = 64
 _LOGIT_COPIES = 4  # logits, scores, and what sampling sorts
-GRAPH_SEQUENCES = 32  # decode steps of up to so many sequences are captured (engine/runner.py)
+# Sequences of a captured step at most: beyond, the kernels take far longer than the Python between them.
+GRAPH_SEQUENCES = 32
 GRAPH_BLOCK_BYTES = 1 << 20  # what large pages, touched in part, add to the memory they share
 _OS_PAGE_BYTES = 4096
 # Work space of the kernels (ops/cpu/csrc): tokens of one pass of the index, places for what its threads find,
@@ -36,8 +38,6 @@ class StepShape(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
     @property
     def hidden_size(self) -> int: ...
     @property

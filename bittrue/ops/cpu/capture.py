@@ -209,11 +209,6 @@ class CpuCapture:
         self._table_of = table_of
         self._workspace = Workspace()
 
-    @property
-    def num_bytes(self) -> int:
-        """Address space held for the results of captured functions."""
-        return self._workspace.num_bytes
-
     def covers(self, table: OpTable) -> bool:
         """Whether every op of ``table`` is one that a capture would hold."""
         return all(getattr(table, name) is getattr(self._table, name) for name in table.op_names())

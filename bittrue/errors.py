@@ -1,17 +1,17 @@
 """Every failure a caller can meet, as one tree: a class per boundary a failure can cross.
 
-    BittrueError
-    ├── UsageError            the caller asked for something that cannot be        -> HTTP 400, exit 2
-    │   ├── InvalidRequest    a field has a wrong name, type or value              -> HTTP 400, names the
-    field │   ├── PromptTooLong     prompt (plus output) exceeds the context             -> HTTP 400, both
-    numbers │   └── ConfigError       a run knob or a config.json field is unknown or out of range
-    │       └── UnsupportedModel   config.json describes a model this program does not run
-    ├── CheckpointError       a checkpoint file is missing, corrupt or does not match its config -> exit 2
-    ├── BackendUnavailable    the chosen backend cannot run here                   -> exit 2
-    ├── QueueFull             too many requests wait                               -> HTTP 429
-    ├── Draining              the server is shutting down                          -> HTTP 503
-    ├── HttpRefused           refused at the HTTP boundary: key, path, model, size -> HTTP 401, 404, 405,
-    408, 413 └── EngineDied            the engine process ended and could not be restarted  -> HTTP 500
+BittrueError
+├── UsageError                asked for something that cannot be            -> HTTP 400, exit 2
+│   ├── InvalidRequest        a field has a wrong name, type or value       -> HTTP 400, names the field
+│   ├── PromptTooLong         prompt (plus output) exceeds the context      -> HTTP 400, both numbers
+│   └── ConfigError           a knob or a config.json field is unknown or out of range
+│       └── UnsupportedModel  config.json describes a model this program does not run
+├── CheckpointError           a file is missing, corrupt or does not match  -> exit 2
+├── BackendUnavailable        the chosen backend cannot run here            -> exit 2
+├── QueueFull                 too many requests wait                        -> HTTP 429
+├── Draining                  the server is shutting down                   -> HTTP 503
+├── HttpRefused               key, path, method, time or size of a request  -> HTTP 401, 404, 405, 408, 413
+└── EngineDied                the engine process cannot be kept alive       -> HTTP 500
 """
 
 

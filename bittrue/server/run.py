@@ -10,10 +10,8 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Generator
 from pathlib import Path
-from types import FrameType
-from typing import Self
 
 import uvicorn
 import uvloop
@@ -51,14 +49,17 @@ def run_server(config: RunConfig, engine: EngineProcess) -> int:
 async def _serve(config: RunConfig, log: Log, listener: socket.socket, engine: EngineProcess) -> int:
     metrics = Metrics()
     client = EngineClient(config, log, metrics)
+    loop = asyncio.get_running_loop()
+    start = _Start(asyncio.current_task())
+    # From here on every SIGTERM has an owner: handlers are replaced, never removed.
+    loop.add_signal_handler(signal.SIGTERM, start.cancel)
     try:
-        with _SigtermCancels() as sigterm:
-            try:
-                state = await _start(config, log, metrics, client, engine)
-            except asyncio.CancelledError:
-                if not sigterm.has_come:
-                    raise
-                return 0
+        try:
+            state = await _start(config, log, metrics, client, engine)
+        except asyncio.CancelledError:
+            if not start.is_cancelled:
+                raise
+            return 0
         if state.is_limited_by_memory:
             log.warning(
                 "context_limited",
@@ -68,6 +69,8 @@ async def _serve(config: RunConfig, log: Log, listener: socket.socket, engine: E
             )
         server = Server(state, listener)
         client.on_dead = server.engine_died
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, server.begin_drain)
         await server.serve(sockets=[listener])
         return server.exit_code
     finally:
@@ -75,25 +78,16 @@ async def _serve(config: RunConfig, log: Log, listener: socket.socket, engine: E
         log.info("stopped")
 
 
-class _SigtermCancels:
-    """Until the server listens, SIGTERM cancels the start-up: nothing is lost, so the exit code is 0."""
+class _Start:
+    """The start-up, which SIGTERM cancels: nothing is lost before the server listens, so it exits with 0."""
 
-    def __init__(self) -> None:
-        self.has_come = False
-        self._loop = asyncio.get_running_loop()
-        task = asyncio.current_task()
+    def __init__(self, task: "asyncio.Task[object] | None") -> None:
         assert task is not None
+        self.is_cancelled = False
         self._task = task
 
-    def __enter__(self) -> Self:
-        self._loop.add_signal_handler(signal.SIGTERM, self._cancel)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._loop.remove_signal_handler(signal.SIGTERM)
-
-    def _cancel(self) -> None:
-        self.has_come = True
+    def cancel(self) -> None:
+        self.is_cancelled = True
         self._task.cancel()
 
 
@@ -178,25 +172,25 @@ class Server(uvicorn.Server):
         self.exit_code = 0
         self._state, self._listener = state, listener
         self._draining: asyncio.Task[None] | None = None
-        self._wake: Callable[[], object] = lambda: None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """uvicorn would take the signals from here on only; they belong to the loop all the time."""
+        yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        loop = asyncio.get_running_loop()
-        self._wake = lambda: loop.call_soon_threadsafe(self._begin_drain)
         await super().startup(sockets)
         host, port = self._listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         self._state.log.info("serving", url=f"http://{shown}:{port}", model=self._state.config.name)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._wake()
-
     def engine_died(self, error: EngineDied) -> None:
         """There will be no engine again: what is left to say is said, then the process ends."""
         self.exit_code = error.exit_code
-        self._begin_drain()
+        self.begin_drain()
 
-    def _begin_drain(self) -> None:
+    def begin_drain(self) -> None:
+        """Also before ``serve``, which then returns at once."""
         if self._draining is not None:
             self.should_exit = self.force_exit = True
             return

@@ -1,7 +1,6 @@
 """Laws L1, L2 and L8 as properties: random chunkings, batches, rows and threads change no bit of any
 logit."""
 
-
 import pytest
 import torch
 from oracles.random_checkpoint import random_checkpoint

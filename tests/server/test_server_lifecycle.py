@@ -176,12 +176,13 @@ def test_second_signal_ends_at_once(tmp_path: Path) -> None:
         assert "Traceback" not in "".join(server.log)
 
 
-def test_sigterm_during_the_start_exits_0(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moment", [" loading ", " engine_ready ", " serving "])
+def test_sigterm_at_any_moment_of_the_start_exits_0(tmp_path: Path, moment: str) -> None:
     write_model(tmp_path)
     server = LiveServer(tmp_path)
     server.start()
     try:
-        server.wait_for_log(" loading ")
+        server.wait_for_log(moment, 60)
         server.process.send_signal(signal.SIGTERM)
         assert server.wait() == 0
     finally:

@@ -53,6 +53,35 @@ class RunConfig(BaseModel):
     max_step_tokens: int = Field(512, ge=1, description="Most tokens in one engine step.")
     max_running: int = Field(64, ge=1, description="Most sequences in one step.")
     max_queue: int = Field(256, ge=0, description="Most sequences waiting; beyond: 429.")
+    prefix_cache: bool = Field(True, description="Start from cached prefixes.")
+    snapshot_every: int = Field(
+        4096,
+        ge=0,
+        multiple_of=128,
+        description="Tokens between states kept for resuming, besides ends of prompts and turns; 128 = full, "
+        "0 = recompute.",
+    )
+    cache_isolation: bool = Field(False, description="API keys do not share cached prefixes.")
+    host_cache: Bytes = Field(0, ge=0, description="Bytes of main memory for cached prefixes; 0 = none.")
+    cache_dir: str = Field("", description="Directory for cached prefixes on disk; empty = none.")
+    disk_cache: Bytes = Field(10 * 2**30, ge=0, description="Bytes that cache_dir may take.")
+    offload_dir: str = Field(
+        "", description="Directory of the file for CSA rows kept off memory; empty = off."
+    )
+    offload_hot: Bytes = Field(
+        2**28, ge=2**16, description="Bytes of offloaded CSA rows that stay in memory."
+    )
+    kv_canary: Literal["off", "log", "raise"] = Field(
+        "off", description="Check cached content on every read."
+    )
+    speculation: Literal["off", "ngram", "mtp"] = Field(
+        "off", description="Draft tokens by looking back, or by the checkpoint's mtp.0."
+    )
+    max_draft: int = Field(4, ge=1, le=16, description="Most draft tokens per sequence and step.")
+    journal_dir: str = Field("", description="Directory of the token journal; empty = in memory only.")
+    keep_responses_s: float = Field(
+        3600.0, ge=0, description="Seconds that a finished response can be fetched again."
+    )
     max_body_bytes: Bytes = Field(32 * 2**20, ge=1024, description="Bytes of a request's body; beyond: 413.")
     max_logprobs: int = Field(20, ge=0, le=1024, description="Most top_logprobs per token.")
     thinking: bool = Field(False, description="Reason first where a chat request does not say.")

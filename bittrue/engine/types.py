@@ -55,6 +55,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     params: SamplingParams
     resume: tuple[int, ...] = ()
     priority: int = 0
+    cache_salt: str = ""  # cached prefixes are shared only between requests with the same salt
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
@@ -68,7 +69,9 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     finish_reason: FinishReason | None = None
     stop_match: str | int | None = None  # the stop string or stop token id that ended it
     num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = 0  # known tokens that were not computed again
+    num_drafted: int = 0  # draft tokens computed for this sequence so far
+    num_accepted: int = 0  # of them, those that became output
     queued_s: float | None = None  # first event only: seconds from arrival to the first step
     error: str | None = None
 
@@ -100,6 +103,33 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     slot_bytes: int = 0
 
 
+class CacheCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """What the prefix cache did since the start. Tokens are counted when a sequence is admitted.
+
+    ``hit_tokens``: by the tier that held the state (device, host, disk), or ``replay`` where the state was
+    computed again from stored rows. ``lookup_tokens``: known tokens of all sequences admitted.
+    ``tier_events``: "tier.event" -> count, as host.saved, disk.hit, disk.corrupt.
+    """
+
+    lookup_tokens: int = 0
+    hit_tokens: dict[str, int] = {}
+    replayed_tokens: int = 0
+    pages_cached: int = 0
+    snapshots: int = 0
+    evicted_pages: int = 0
+    evicted_snapshots: int = 0
+    tier_bytes: dict[str, int] = {}
+    tier_events: dict[str, int] = {}
+
+
+class DraftCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """Draft tokens since the start. ``accepted_at[i]``: drafts at place i of their step that became output,
+    of ``drafted_at[i]``."""
+
+    drafted_at: tuple[int, ...] = ()
+    accepted_at: tuple[int, ...] = ()
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     """Counters and gauges of the engine at one moment. Pages: free + held = total, always.
 
@@ -120,4 +150,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     slots_total: int = 0
     slots_free: int = 0
     slots_held: int = 0
+    num_canary_faults_total: int = 0
+    cache: CacheCounters = CacheCounters()
+    drafts: DraftCounters = DraftCounters()
     weight_version: str = ""

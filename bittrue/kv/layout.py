@@ -169,17 +169,22 @@ class KVLayout:
     layers: tuple[LayerLayout, ...]
     window: int
     max_draft: int
+    num_draft_layers: int = 0  # the last ones of ``layers``: window layers of a draft module
 
     @classmethod
-    def of(cls, config: CacheShape, *, level: Level, act: ActDtype, max_draft: int = 0) -> "KVLayout":
-        """The layout of ``config`` at a numeric level, with room to undo ``max_draft`` tokens."""
+    def of(
+        cls, config: CacheShape, *, level: Level, act: ActDtype, max_draft: int = 0, num_draft_layers: int = 0
+    ) -> "KVLayout":
+        """The layout of ``config`` at a numeric level, with room to undo ``max_draft`` tokens, and of
+        ``num_draft_layers`` window layers behind it."""
         if max_draft < 0:
             raise ConfigError(f"max_draft is {max_draft}; it must be 0 or more", field="max_draft")
         layers = tuple(
             layer_layout(config.layer_kind(i), config, level=level, act=act, max_draft=max_draft)
             for i in range(config.num_layers)
         )
-        return cls(layers, config.window, max_draft)
+        draft = layer_layout("window", config, level=level, act=act, max_draft=max_draft)
+        return cls(layers + (draft,) * num_draft_layers, config.window, max_draft, num_draft_layers)
 
     @property
     def page_bytes(self) -> int:

@@ -28,6 +28,7 @@ class DecodeGraph:
         self._positions = np.zeros(num_sequences, dtype=np.int32)
         self._folds = np.zeros(num_sequences, dtype=np.int32)
         self._slots = np.zeros(num_sequences, dtype=np.int32)
+        self._kept = np.zeros(num_sequences, dtype=np.int32)
         # Not cleared: no op reads an entry beyond the pages of its sequence.
         self._table = np.empty((num_sequences, table_width), dtype=np.int32)
         self._pages: list[Sequence[int] | None] = [None] * num_sequences  # what each row of the table holds
@@ -40,6 +41,7 @@ class DecodeGraph:
             starts=positions,
             folds=torch.from_numpy(self._folds),
             slots=torch.from_numpy(self._slots),
+            kept=torch.from_numpy(self._kept),
             page_table=torch.from_numpy(self._table),
         )
 
@@ -56,6 +58,7 @@ class DecodeGraph:
         self._positions[:] = [s.start for s in segments]
         self._folds[:] = [s.fold for s in segments]
         self._slots[:] = [s.slot for s in segments]
+        self._kept[:] = [s.kept for s in segments]
         for row, segment in enumerate(segments):
             pages = segment.page_ids
             # The same tuple is the same pages; a list could have been changed.

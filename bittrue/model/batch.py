@@ -10,13 +10,17 @@ from bittrue.ops.contracts import Batch
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The tokens one sequence contributes to a step; ``token_ids[i]`` stands at position ``start + i``."""
+    """The tokens one sequence contributes to a step; ``token_ids[i]`` stands at position ``start + i``.
+
+    ``kept``: tokens before this position are replayed: the compressed entries that they close stand already.
+    """
 
     token_ids: Sequence[int]
     start: int
     fold: int
     slot: int
     page_ids: Sequence[int]
+    kept: int = 0
 
 
 def build_batch(segments: Sequence[Segment]) -> Batch:
@@ -41,5 +45,6 @@ def build_batch(segments: Sequence[Segment]) -> Batch:
         starts=starts,
         folds=torch.tensor([s.fold for s in segments], dtype=torch.int32),
         slots=torch.tensor([s.slot for s in segments], dtype=torch.int32),
+        kept=torch.tensor([s.kept for s in segments], dtype=torch.int32),
         page_table=pages,
     )

@@ -29,6 +29,9 @@ MIXED: Pieces = ((125, 9), (3, 1), (0, 5), (255, 1), (120, 1), (254, 3), (0, 1),
 DECODES: Pieces = ((4, 1), (129, 1), (256, 1), (383, 1))
 PREFILL: Pieces = ((0, 140),)
 NOTHING: Pieces = ()
+# Tokens replayed against stored entries, up to a position inside the step, beyond it, before it.
+REPLAY: Pieces = ((0, 140), (120, 140), (250, 9), (2, 6), (125, 8))
+REPLAY_KEPT = (130, 200, 400, 5, 100)
 STEPS = {"mixed": MIXED, "decodes": DECODES, "prefill": PREFILL, "nothing": NOTHING}
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -53,8 +56,15 @@ def cache_cases() -> list[Case]:
 # ---- steps
 
 
-def step_of(pieces: Sequence[tuple[int, int]], seed: int, *, folds: Sequence[int] | None = None) -> Batch:
-    """A Batch of the given pieces: slots and pages scattered, unused table entries -1."""
+def step_of(
+    pieces: Sequence[tuple[int, int]],
+    seed: int,
+    *,
+    folds: Sequence[int] | None = None,
+    kept: Sequence[int] | None = None,
+) -> Batch:
+    """A Batch of the given pieces: slots and pages scattered, unused table entries -1. Without ``kept`` every
+    entry is written."""
     order = generator(seed)
     num_pages = [-(-(start + count) // PAGE_TOKENS) for start, count in pieces]
     ids = torch.randperm(sum(num_pages), generator=order)
@@ -72,6 +82,7 @@ def step_of(pieces: Sequence[tuple[int, int]], seed: int, *, folds: Sequence[int
         starts=torch.tensor([start for start, _ in pieces], dtype=i32),
         folds=torch.tensor([start for start, _ in pieces] if folds is None else list(folds), dtype=i32),
         slots=torch.randperm(len(pieces) + 2, generator=order)[: len(pieces)].to(i32),
+        kept=torch.tensor([0] * len(pieces) if kept is None else list(kept), dtype=i32),
         page_table=table.to(i32),
     )
 
@@ -89,6 +100,7 @@ def take_sequences(batch: Batch, chosen: Tensor) -> tuple[Batch, Tensor]:
         starts=batch.starts[chosen],
         folds=batch.folds[chosen],
         slots=batch.slots[chosen],
+        kept=batch.kept[chosen],
         page_table=batch.page_table[chosen],
     )
     return part, rows
@@ -106,6 +118,7 @@ def take_tokens(batch: Batch, rows: Tensor) -> Batch:
         starts=batch.positions[rows],
         folds=batch.positions[rows],
         slots=count[:-1],
+        kept=batch.kept[seqs],
         page_table=batch.page_table[seqs],
     )
 
@@ -232,19 +245,26 @@ def _largest(at: int) -> Callable[[Call], Outputs]:
     return magnitude
 
 
+def _compress_steps() -> Iterator[tuple[str, Pieces, tuple[int, ...]]]:
+    for name, pieces in STEPS.items():
+        yield name, pieces, (0,) * len(pieces)
+    yield "replay", REPLAY, REPLAY_KEPT
+
+
 def _csa() -> Iterator[Case]:
-    for step, pieces in STEPS.items():
+    for step, pieces, kept in _compress_steps():
         for kind, (fmt, act, tolerance) in FORMATS.items():
             for max_draft in (0, 3):
 
                 def inputs(
                     seed: int,
                     pieces: Pieces = pieces,
+                    kept: tuple[int, ...] = kept,
                     fmt: RowFormat = fmt,
                     act: torch.dtype = act,
                     max_draft: int = max_draft,
                 ) -> Call:
-                    batch, width = step_of(pieces, seed), 2 * fmt.dim
+                    batch, width = step_of(pieces, seed, kept=kept), 2 * fmt.dim
                     u = _normal(seed + 2, batch.num_tokens, width)
                     gate = _normal(seed + 3, batch.num_tokens, width, scale=2.0)
                     state = _normal(seed + 4, _num_slots(batch), 8 + max_draft, 2, width)
@@ -270,7 +290,7 @@ def _csa() -> Iterator[Case]:
 
 
 def _hca() -> Iterator[Case]:
-    for step, pieces in STEPS.items():
+    for step, pieces, kept in _compress_steps():
         for kind in ("f32", "bf16", "fp8"):
             fmt, act, tolerance = FORMATS[kind]
             for max_draft in (0, 20):
@@ -278,6 +298,7 @@ def _hca() -> Iterator[Case]:
                 def inputs(
                     seed: int,
                     pieces: Pieces = pieces,
+                    kept: tuple[int, ...] = kept,
                     fmt: RowFormat = fmt,
                     act: torch.dtype = act,
                     max_draft: int = max_draft,
@@ -286,7 +307,7 @@ def _hca() -> Iterator[Case]:
                     folds = [
                         start - min(start, max_draft) * (s % 3) // 2 for s, (start, _) in enumerate(pieces)
                     ]
-                    batch = step_of(pieces, seed, folds=folds)
+                    batch = step_of(pieces, seed, folds=folds, kept=kept)
                     u = _normal(seed + 2, batch.num_tokens, fmt.dim)
                     gate = _normal(seed + 3, batch.num_tokens, fmt.dim, scale=2.0)
                     fold = _normal(seed + 4, _num_slots(batch), 3, fmt.dim)

@@ -68,6 +68,7 @@ class Batch:
     starts: Tensor  # [S] i32, absolute position of the sequence's first token in this step
     folds: Tensor  # [S] i32, position at which the HCA running pool stands: starts - min(starts, pending rows), see hca_compress
     slots: Tensor  # [S] i32, state slot
+    kept: Tensor  # [S] i32, compressed entries whose last token precedes this position stand already: they are read, not written
     page_table: Tensor  # [S, P] i32, page id of tokens 128*i .. 128*i+127; unused entries -1
     # What a backend derives from the tensors, once a step.
     memo: dict[str, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
@@ -227,13 +228,13 @@ class OpTable:
     format, *, act: torch.dtype, hadamard: bool) -> None. Adds ape[position mod 4] to gate. For every position t of the step with (t+1) mod 4 = 0
     writes entry i = t // 4 to its page: softmax-pooling per channel over half A of tokens 4(i-1)..4(i-1)+3 then half B of tokens 4i..4i+3
     (for i = 0 only the B slots), rows before the step from ``state``; round to act, rms_norm, rope at 4i, then (hadamard) and pack.
-    Then stores the step's (u, gate + ape) in ``state`` at position mod Rc."""
+    An entry that closes before kept[s] stands already and is not written. Then stores the step's (u, gate + ape) in ``state`` at position mod Rc."""
 
     hca_compress: Callable[..., None]
     """(u [T, c] f32, gate [T, c] f32, weights, batch, fold [slots, 3, c], pending [slots, max draft, 2, c], pages [P, 1, bytes],
     format, *, act) -> None. Online pooling per channel in token order from (m, s, w) = (-inf, 0, 0) at each multiple of 128:
     m' = max(m, g); s' = s exp(m - m') + exp(g - m'); w' = w exp(m - m') + exp(g - m') u. At (t+1) mod 128 = 0 entry t // 128 = w / s is finished
-    as in csa_compress (rope at 128 i) and written, unless t precedes the step. Positions folds[s]..starts[s]-1 come from ``pending``. On return
+    as in csa_compress (rope at 128 i) and written, unless t precedes the step or kept[s]. Positions folds[s]..starts[s]-1 come from ``pending``. On return
     ``fold`` stands at max(folds[s], end - max draft) and the later rows are in ``pending``, so that up to ``max draft`` tokens can be undone."""
 
     index_topk: Callable[..., Tensor]

@@ -44,12 +44,14 @@ def for_each_thread_count(run: Callable[[dict[str, Callable[..., Any]]], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Tokens start..end of sequence ``seq`` in one step; ``fold`` is where its HCA pool stands."""
+    """Tokens start..end of sequence ``seq`` in one step; ``fold`` is where its HCA pool stands, entries that
+    close before ``kept`` are not written."""
 
     seq: int
     start: int
     end: int
     fold: int | None = None
+    kept: int = 0
 
 
 def step(parts: Sequence[Part], page_table: Tensor, *, max_draft: int = 0) -> Batch:
@@ -71,6 +73,7 @@ def step(parts: Sequence[Part], page_table: Tensor, *, max_draft: int = 0) -> Ba
         starts=i32([part.start for part in parts]),
         folds=i32(folds),
         slots=i32([slot_of(part.seq) for part in parts]),
+        kept=i32([part.kept for part in parts]),
         page_table=page_table[[part.seq for part in parts]].contiguous(),
     )
 

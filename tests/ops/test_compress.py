@@ -219,6 +219,33 @@ def test_rejected_drafts_leave_no_trace(ops, kind, max_draft):
     assert torch.equal(drafted.entries(0, length), plain.entries(0, length))
 
 
+@pytest.mark.parametrize("ops", ops_under_test())
+@pytest.mark.parametrize("max_draft", [0, 3])
+@pytest.mark.parametrize("kind", ["csa", "hca"])
+def test_entries_that_close_before_kept_stay_as_they_stand(ops, kind, max_draft):
+    """Kept lies before, at and behind every edge of a step; what is written is what a plain run writes."""
+    length, start = 384, 120
+    u, gate = inputs(kind, [length, length])
+    plain = make(ops, kind, num_sequences=2, max_draft=max_draft)
+    plain.run(u, gate, [Part(0, 0, length), Part(1, 0, length)])
+    for kept in (0, 119, 120, 123, 124, 125, 127, 128, 255, 256, 257, 260, 383, 384, 500):
+        world = make(ops, kind, num_sequences=2, max_draft=max_draft)
+        world.run(u, gate, [Part(q, 0, start) for q in range(2)])
+        world.pages.fill_(0xEE)
+        world.run(u, gate, [Part(1, start, 131), Part(0, start, length, kept=kept)])
+        world.run(u, gate, [Part(1, 131, length, kept=300)])
+        for q, first in ((0, max(start, kept)), (1, 300)):
+            found, wanted = world.entries(q, length), plain.entries(q, length)
+            closes = world.ratio * (1 + torch.arange(found.shape[0])) - 1
+            written = closes >= first
+            if q == 1:
+                written |= (closes >= start) & (closes < 131)
+            assert torch.equal(found[written], wanted[written]), (q, kept)
+            assert (found[~written] == 0xEE).all(), (q, kept)
+        for ours, theirs in zip(world.state, plain.state, strict=True):
+            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), kept
+
+
 @pytest.mark.parametrize("kind", ["csa", "hca"])
 def test_threads_do_not_change_the_entries(kind):
     lengths = (300, 257)

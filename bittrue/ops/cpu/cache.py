@@ -29,6 +29,7 @@ class StepArgs(ctypes.Structure):
         ("folds", PTR),
         ("slots", PTR),
         ("page_table", PTR),
+        ("kept", PTR),
     )
 
 
@@ -129,6 +130,7 @@ def _make_step_args(op: str, batch: Batch) -> StepArgs:
     check(op, "folds", batch.folds, (num_sequences,), torch.int32)
     check(op, "slots", batch.slots, (num_sequences,), torch.int32)
     check(op, "page_table", batch.page_table, (num_sequences, None), torch.int32)
+    check(op, "kept", batch.kept, (num_sequences,), torch.int32)
     return StepArgs(
         num_tokens,
         num_sequences,
@@ -140,6 +142,7 @@ def _make_step_args(op: str, batch: Batch) -> StepArgs:
         batch.folds.data_ptr(),
         batch.slots.data_ptr(),
         batch.page_table.data_ptr(),
+        batch.kept.data_ptr(),
     )
 
 

@@ -26,6 +26,7 @@ def csa_compress(
 ) -> None:
     ring, c = state.shape[1], state.shape[3] // 2
     offsets, starts, slots = batch.offsets.tolist(), batch.starts.tolist(), batch.slots.tolist()
+    kept = batch.kept.tolist()
     biased = gate + weights.ape[batch.positions.long() % CSA_RATIO]
     for s in range(batch.num_sequences):
         first, start, slot = offsets[s], starts[s], slots[s]
@@ -36,7 +37,7 @@ def csa_compress(
                 return u[first + p - start], biased[first + p - start]
             return state[slot, p % ring, 0], state[slot, p % ring, 1]
 
-        for t in range(start, end):
+        for t in range(max(start, kept[s]), end):
             if (t + 1) % CSA_RATIO == 0:
                 i = t // CSA_RATIO
                 before = range(max(0, CSA_RATIO * (i - 1)), CSA_RATIO * i)
@@ -64,7 +65,7 @@ def hca_compress(
 ) -> None:
     max_draft = pending.shape[1]
     offsets, starts, slots = batch.offsets.tolist(), batch.starts.tolist(), batch.slots.tolist()
-    folds = batch.folds.tolist()
+    folds, kept = batch.folds.tolist(), batch.kept.tolist()
     biased = gate + weights.ape[batch.positions.long() % HCA_RATIO]
     for s in range(batch.num_sequences):
         first, start, slot, folded = offsets[s], starts[s], slots[s], folds[s]
@@ -81,7 +82,7 @@ def hca_compress(
             pool = _fold(pool, *rows[t])
             if (t + 1) % HCA_RATIO == 0:
                 i = t // HCA_RATIO
-                if t >= start:
+                if t >= max(start, kept[s]):
                     entry = _finish(pool[2] / pool[1], weights, HCA_RATIO * i, fmt, act, False)
                     write_entry(pages, batch.page_table, s, i, entry)
                 pool = _empty_pool(fold)

@@ -17,7 +17,7 @@ struct Finish {
     double eps;
 };
 
-thread_local Scratch pooled_scratch;  // of the calling thread: the closed entries of the step
+thread_local Scratch pooled_scratch;  // of the calling thread: the written entries of the step
 thread_local Scratch finish_scratch;
 
 template <class T, class W>
@@ -180,13 +180,14 @@ struct Pool {
     }
 };
 
-// Folds the positions of window w of one sequence that the step has to, in order. A window that closes on a token of the step
-// leaves its pooled channels in pooled [n]; the window that holds position folded(s) leaves the state of that position.
+// Folds the positions of window w of one sequence that the step has to, in order. A window whose entry is written leaves its
+// pooled channels in pooled [written entries, c]; the window that holds position folded(s) leaves the state of that position.
 // Windows do not depend on each other, except that the first reads the state that the last writes.
 void hca_window(const Step& step, const Hca& h, const Finish& f, int64_t s, int64_t w, Channels channels, float* pooled) {
     const int64_t c = f.row.dim, n = channels.n, start = step.starts[s], end = step.end(s), first = step.folds[s];
     const int64_t begin = w * HCA_RATIO, next = begin + HCA_RATIO, folded = h.folded(step, s);
-    const bool closes = next <= end && next > start, keeps = begin <= folded && folded < next;
+    const int64_t nth = w - step.first_written(s, HCA_RATIO);
+    const bool writes = next <= end && nth >= 0, keeps = begin <= folded && folded < next;
     float* fold = h.fold + step.slots[s] * 3 * c + channels.from;
     const float* pending = h.pending + step.slots[s] * h.max_draft * 2 * c + channels.from;
     Pool pool;
@@ -195,7 +196,7 @@ void hca_window(const Step& step, const Hca& h, const Finish& f, int64_t s, int6
     else pool.clear();
     for (int64_t p = first > begin ? first : begin;; ++p) {
         if (keeps && p == folded) pool.store_to(fold, c, n);
-        if (closes ? p == next : !keeps || p == folded) break;
+        if (writes ? p == next : !keeps || p == folded) break;
         const float *u, *gate, *bias = nullptr;
         if (p < start) {
             u = pending + p % h.max_draft * 2 * c;
@@ -211,7 +212,9 @@ void hca_window(const Step& step, const Hca& h, const Finish& f, int64_t s, int6
             for (int64_t v = 0; 16 * v < n; ++v)
                 pool.take(v, u + 16 * v, gate + 16 * v, bias == nullptr ? nullptr : bias + 16 * v, n - 16 * v, Part());
     }
-    for (int64_t v = 0; closes && 16 * v < n; ++v) store_n(pooled + 16 * v, div(pool.weighted[v], pool.sum[v]), n - 16 * v);
+    if (!writes) return;
+    float* out = pooled + nth * c + channels.from;
+    for (int64_t v = 0; 16 * v < n; ++v) store_n(out + 16 * v, div(pool.weighted[v], pool.sum[v]), n - 16 * v);
 }
 
 // The rows after folded(s), for later steps; when every window has read what an earlier step left there.
@@ -228,20 +231,16 @@ void hca_keep(const Step& step, const Hca& h, const Finish& f, int64_t s) {
     }
 }
 
-// The entries that close on a token of sequence s.
-BT int64_t num_closed(const Step& step, int64_t s, int64_t ratio) {
-    return step.end(s) / ratio - step.starts[s] / ratio;
+// Sequence and number of the n-th entry that the step writes.
+BT void find_written(const Step& step, int64_t ratio, int64_t n, int64_t* s, int64_t* entry) {
+    for (*s = 0; n >= step.num_written(*s, ratio); ++*s) n -= step.num_written(*s, ratio);
+    *entry = step.first_written(*s, ratio) + n;
 }
 
-// Sequence and number of the n-th entry that closes in the step.
-BT void find_closed(const Step& step, int64_t ratio, int64_t n, int64_t* s, int64_t* entry) {
-    for (*s = 0; n >= num_closed(step, *s, ratio); ++*s) n -= num_closed(step, *s, ratio);
-    *entry = step.starts[*s] / ratio + n;
-}
-
-BT int64_t all_closed(const Step& step, int64_t ratio) {
+// The entries that the first ``num_sequences`` sequences write.
+BT int64_t count_written(const Step& step, int64_t ratio, int64_t num_sequences) {
     int64_t n = 0;
-    for (int64_t s = 0; s < step.num_sequences; ++s) n += num_closed(step, s, ratio);
+    for (int64_t s = 0; s < num_sequences; ++s) n += step.num_written(s, ratio);
     return n;
 }
 
@@ -250,12 +249,12 @@ BT int64_t all_closed(const Step& step, int64_t ratio) {
 // u, gate [T, 2c]; state [slots, ring, 2, 2c].
 BITTRUE_EXPORT(csa_compress)(const Step* step, const Finish* f, const float* u, const float* gate, float* state,
                              int64_t ring, uint8_t* pages, int64_t per_page) {
-    const int64_t c = f->row.dim, closed = all_closed(*step, CSA_RATIO);
+    const int64_t c = f->row.dim, written = count_written(*step, CSA_RATIO, step->num_sequences);
     const Csa csa{u, gate, state, ring, 2 * c};
     const Pages out{pages, per_page, f->row.bytes()};
-    PARALLEL_FOR(n, closed, closed * c * 40) {
+    PARALLEL_FOR(n, written, written * c * 40) {
         int64_t s, entry;
-        find_closed(*step, CSA_RATIO, n, &s, &entry);
+        find_written(*step, CSA_RATIO, n, &s, &entry);
         float* pooled = pooled_scratch.get<float>(c);
         csa_pool(*step, csa, f->ape, s, entry, pooled);
         finish(pooled, *f, CSA_RATIO * entry, out.entry(*step, s, entry));
@@ -267,11 +266,11 @@ BITTRUE_REPLAYABLE(csa_compress)
 // u, gate [T, c]; fold [slots, 3, c]; pending [slots, max draft, 2, c].
 BITTRUE_EXPORT(hca_compress)(const Step* step, const Finish* f, const float* u, const float* gate, float* fold,
                              float* pending, int64_t max_draft, uint8_t* pages, int64_t per_page) {
-    const int64_t c = f->row.dim, closed = all_closed(*step, HCA_RATIO);
+    const int64_t c = f->row.dim, written = count_written(*step, HCA_RATIO, step->num_sequences);
     const int64_t blocks = (c + CHANNEL_BLOCK - 1) / CHANNEL_BLOCK;
     const Hca hca{u, gate, fold, pending, max_draft};
     const Pages out{pages, per_page, f->row.bytes()};
-    float* pooled = pooled_scratch.get<float>(closed * c);
+    float* pooled = pooled_scratch.get<float>(written * c);
     int64_t windows = 1;  // that any sequence meets in this step
     for (int64_t s = 0; s < step->num_sequences; ++s) {
         const int64_t met = step->end(s) / HCA_RATIO - step->folds[s] / HCA_RATIO + 1;
@@ -281,10 +280,9 @@ BITTRUE_EXPORT(hca_compress)(const Step* step, const Finish* f, const float* u, 
         const int64_t s = unit / blocks / windows, nth = unit / blocks % windows, from = unit % blocks * CHANNEL_BLOCK;
         if (step->length(s) == 0) return;
         const Channels channels{from, c - from < CHANNEL_BLOCK ? c - from : CHANNEL_BLOCK};
-        int64_t before = -(step->starts[s] / HCA_RATIO);
-        for (int64_t other = 0; other < s; ++other) before += num_closed(*step, other, HCA_RATIO);
+        float* own = pooled + count_written(*step, HCA_RATIO, s) * c;
         const int64_t first = step->folds[s] / HCA_RATIO, last = hca.folded(*step, s) / HCA_RATIO;
-        const auto fold = [&](int64_t w) { hca_window(*step, hca, *f, s, w, channels, pooled + (before + w) * c + from); };
+        const auto fold = [&](int64_t w) { hca_window(*step, hca, *f, s, w, channels, own); };
         // The first reads the state that the last writes: one thread, in this order.
         if (nth == 0) fold(first);
         if (nth == 0 && last != first) fold(last);
@@ -292,9 +290,9 @@ BITTRUE_EXPORT(hca_compress)(const Step* step, const Finish* f, const float* u, 
     };
     if (max_draft > 0)
         PARALLEL_FOR(s, step->num_sequences, step->num_tokens * c) { hca_keep(*step, hca, *f, s); };
-    PARALLEL_FOR(n, closed, closed * c * 20) {
+    PARALLEL_FOR(n, written, written * c * 20) {
         int64_t s, entry;
-        find_closed(*step, HCA_RATIO, n, &s, &entry);
+        find_written(*step, HCA_RATIO, n, &s, &entry);
         finish(pooled + n * c, *f, HCA_RATIO * entry, out.entry(*step, s, entry));
     };
 }

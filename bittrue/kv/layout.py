@@ -39,12 +39,16 @@ class CacheShape(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CachePart:
-    """One tensor of ``LayerCache``, [pages or slots, *shape]: ``shape`` is that of one page or slot."""
+    """One tensor of ``LayerCache``, [pages or slots, *shape]: ``shape`` is that of one page or slot.
+
+    ``offloaded``: it lies in a file (kv/offload.py), and its bytes are no memory.
+    """
 
     name: PartName
     per: Literal["page", "slot"]
     dtype: Literal["u8", "f32"]
     shape: tuple[int, ...]
+    offloaded: bool = False
 
     @property
     def bytes(self) -> int:
@@ -62,7 +66,13 @@ class LayerLayout:
 
     @property
     def page_bytes(self) -> int:
-        return sum(part.bytes for part in self.parts if part.per == "page")
+        """Of a page, the bytes in memory."""
+        return sum(part.bytes for part in self.parts if part.per == "page" and not part.offloaded)
+
+    @property
+    def offloaded_page_bytes(self) -> int:
+        """Of a page, the bytes in the offload file."""
+        return sum(part.bytes for part in self.parts if part.offloaded)
 
     @property
     def slot_bytes(self) -> int:
@@ -75,9 +85,10 @@ def pages_for(num_tokens: int) -> int:
 
 
 def layer_layout(
-    kind: LayerKind, config: CacheShape, *, level: Level, act: ActDtype, max_draft: int
+    kind: LayerKind, config: CacheShape, *, level: Level, act: ActDtype, max_draft: int, offload: bool = False
 ) -> LayerLayout:
-    """The parts of a layer of ``kind``. Rings hold what a rejected draft must not lose."""
+    """The parts of a layer of ``kind``. Rings hold what a rejected draft must not lose; ``offload`` puts CSA
+    rows into the offload file."""
     c, index_dim = config.head_dim, config.index_head_dim
     row = kv_row_format(level, act, c, config.rope_dim)
     window = CachePart("window", "slot", "u8", (config.window + max_draft, row.bytes))
@@ -89,7 +100,7 @@ def layer_layout(
         frontier = CSA_FRONTIER + max_draft
         parts = (
             window,
-            CachePart("rows", "page", "u8", (rows_per_page, row.bytes)),
+            CachePart("rows", "page", "u8", (rows_per_page, row.bytes), offloaded=offload),
             CachePart("keys", "page", "u8", (rows_per_page, key.bytes)),
             CachePart("csa", "slot", "f32", (frontier, 2, 2 * c)),
             CachePart("csa_index", "slot", "f32", (frontier, 2, 2 * index_dim)),
@@ -173,14 +184,23 @@ class KVLayout:
 
     @classmethod
     def of(
-        cls, config: CacheShape, *, level: Level, act: ActDtype, max_draft: int = 0, num_draft_layers: int = 0
+        cls,
+        config: CacheShape,
+        *,
+        level: Level,
+        act: ActDtype,
+        max_draft: int = 0,
+        num_draft_layers: int = 0,
+        offload: bool = False,
     ) -> "KVLayout":
         """The layout of ``config`` at a numeric level, with room to undo ``max_draft`` tokens, and of
-        ``num_draft_layers`` window layers behind it."""
+        ``num_draft_layers`` window layers behind it; with ``offload``, CSA rows lie in a file."""
         if max_draft < 0:
             raise ConfigError(f"max_draft is {max_draft}; it must be 0 or more", field="max_draft")
         layers = tuple(
-            layer_layout(config.layer_kind(i), config, level=level, act=act, max_draft=max_draft)
+            layer_layout(
+                config.layer_kind(i), config, level=level, act=act, max_draft=max_draft, offload=offload
+            )
             for i in range(config.num_layers)
         )
         draft = layer_layout("window", config, level=level, act=act, max_draft=max_draft)
@@ -188,8 +208,13 @@ class KVLayout:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page, all layers."""
+        """Bytes in memory of one page, all layers."""
         return sum(layer.page_bytes for layer in self.layers)
+
+    @property
+    def offloaded_page_bytes(self) -> int:
+        """Bytes of one page in the offload file, all layers."""
+        return sum(layer.offloaded_page_bytes for layer in self.layers)
 
     @property
     def slot_bytes(self) -> int:
@@ -197,8 +222,9 @@ class KVLayout:
         return sum(layer.slot_bytes for layer in self.layers)
 
     def part_bytes(self, name: PartName) -> int:
-        """Bytes of one part in one page or slot, all layers: the lines of the ledger."""
-        return sum(part.bytes for layer in self.layers for part in layer.parts if part.name == name)
+        """Bytes in memory of one part in one page or slot, all layers: the lines of the ledger."""
+        parts = (part for layer in self.layers for part in layer.parts)
+        return sum(part.bytes for part in parts if part.name == name and not part.offloaded)
 
     def pool_bytes(self, pages: int, slots: int) -> int:
         return pages * self.page_bytes + slots * self.slot_bytes

@@ -17,7 +17,8 @@ from bittrue.model.deepseek_v4 import (
     Indexer,
     Parameters,
 )
-from bittrue.ops.contracts import CompressorWeights, ExpertBank, Weight
+from bittrue.model.mtp import MtpParameters
+from bittrue.ops.contracts import CompressorWeights, ExpertBank, LayerKind, Weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,31 @@ def build_parameters(config: ModelConfig, source: TensorSource) -> Parameters:
     """All parameters of the main model (not the draft layers)."""
     return Parameters(
         embed=source.tensor("embed.weight"),
-        blocks=tuple(_block(config, source, i) for i in range(config.num_layers)),
+        blocks=tuple(_main_block(config, source, i) for i in range(config.num_layers)),
         hc_head=_hyper(source, "hc_head"),
         norm=source.tensor("norm.weight"),
         head=source.weight("head.weight"),
+    )
+
+
+def build_mtp(config: ModelConfig, source: TensorSource) -> MtpParameters:
+    """The parameters of the classic draft module, ``mtp.0``: a window layer with a learned router, beside the
+    main model's embedding and head."""
+    name = "mtp.0"
+    return MtpParameters(
+        enorm=source.tensor(f"{name}.enorm.weight"),
+        hnorm=source.tensor(f"{name}.hnorm.weight"),
+        e_proj=source.weight(f"{name}.e_proj.weight"),
+        h_proj=source.weight(f"{name}.h_proj.weight"),
+        block=_block(
+            source,
+            name,
+            _attention(source, f"{name}.attn"),
+            _feed_forward(config, source, f"{name}.ffn", is_hash=False),
+            kind="window",
+        ),
+        hc_head=_hyper(source, f"{name}.hc_head"),
+        norm=source.tensor(f"{name}.norm.weight"),
     )
 
 
@@ -47,30 +69,44 @@ def _hyper(source: TensorSource, prefix: str) -> HyperConnection:
     )
 
 
-def _block(config: ModelConfig, source: TensorSource, layer: int) -> Block:
-    name = f"layers.{layer}"
-    return Block(
-        kind=config.layer_kind(layer),
-        hc_attn=_hyper(source, f"{name}.hc_attn"),
-        attn_norm=source.tensor(f"{name}.attn_norm.weight"),
-        attn=_attention(config, source, layer),
-        hc_ffn=_hyper(source, f"{name}.hc_ffn"),
-        ffn_norm=source.tensor(f"{name}.ffn_norm.weight"),
-        ffn=_feed_forward(config, source, layer),
+def _main_block(config: ModelConfig, source: TensorSource, layer: int) -> Block:
+    name, kind = f"layers.{layer}", config.layer_kind(layer)
+    attn = f"{name}.attn"
+    inv_freq = torch.tensor(config.layer_inv_freq(layer), dtype=torch.float32)
+    compressor = indexer = None
+    if kind != "window":
+        compressor = _compressor(config, source, f"{attn}.compressor", inv_freq)
+    if kind == "csa":
+        indexer = Indexer(
+            wq_b=source.weight(f"{attn}.indexer.wq_b.weight"),
+            weights_proj=source.weight(f"{attn}.indexer.weights_proj.weight"),
+            compressor=_compressor(config, source, f"{attn}.indexer.compressor", inv_freq),
+        )
+    return _block(
+        source,
+        name,
+        _attention(source, attn, compressor, indexer),
+        _feed_forward(config, source, f"{name}.ffn", is_hash=layer < config.num_hash_layers),
+        kind=kind,
     )
 
 
-def _attention(config: ModelConfig, source: TensorSource, layer: int) -> Attention:
-    name = f"layers.{layer}.attn"
-    kind = config.layer_kind(layer)
-    inv_freq = torch.tensor(config.layer_inv_freq(layer), dtype=torch.float32)
-    indexer = None
-    if kind == "csa":
-        indexer = Indexer(
-            wq_b=source.weight(f"{name}.indexer.wq_b.weight"),
-            weights_proj=source.weight(f"{name}.indexer.weights_proj.weight"),
-            compressor=_compressor(config, source, f"{name}.indexer.compressor", inv_freq),
-        )
+def _block(source: TensorSource, name: str, attn: Attention, ffn: FeedForward, *, kind: LayerKind) -> Block:
+    """The block of that name: its two sub-layers, and the hyper-connections and norms around them."""
+    return Block(
+        kind=kind,
+        hc_attn=_hyper(source, f"{name}.hc_attn"),
+        attn_norm=source.tensor(f"{name}.attn_norm.weight"),
+        attn=attn,
+        hc_ffn=_hyper(source, f"{name}.hc_ffn"),
+        ffn_norm=source.tensor(f"{name}.ffn_norm.weight"),
+        ffn=ffn,
+    )
+
+
+def _attention(
+    source: TensorSource, name: str, compressor: Compressor | None = None, indexer: Indexer | None = None
+) -> Attention:
     return Attention(
         wq_a=source.weight(f"{name}.wq_a.weight"),
         q_norm=source.tensor(f"{name}.q_norm.weight"),
@@ -80,7 +116,7 @@ def _attention(config: ModelConfig, source: TensorSource, layer: int) -> Attenti
         wo_a=source.weight(f"{name}.wo_a.weight"),
         wo_b=source.weight(f"{name}.wo_b.weight"),
         sink=source.tensor(f"{name}.attn_sink"),
-        compressor=None if kind == "window" else _compressor(config, source, f"{name}.compressor", inv_freq),
+        compressor=compressor,
         indexer=indexer,
     )
 
@@ -99,10 +135,7 @@ def _compressor(config: ModelConfig, source: TensorSource, name: str, inv_freq: 
     )
 
 
-def _feed_forward(config: ModelConfig, source: TensorSource, layer: int) -> FeedForward:
-    name = f"layers.{layer}.ffn"
-    is_hash = layer < config.num_hash_layers
-
+def _feed_forward(config: ModelConfig, source: TensorSource, name: str, *, is_hash: bool) -> FeedForward:
     def bank(part: str) -> tuple[Weight, ...]:
         return tuple(source.weight(f"{name}.experts.{e}.{part}.weight") for e in range(config.num_experts))
 

@@ -135,32 +135,54 @@ class DeepseekV4:
     def forward(self, batch: Batch, caches: Sequence[LayerCache]) -> Tensor:
         """Runs the T tokens of ``batch``, updating the caches. Returns the streams after the last block,
         [T, M, D] act."""
-        window_angles = Angles(*self.ops.rope_angles(batch.positions, self._main_freq))
+        window_angles = self.window_angles(batch.positions)
         compress_angles = Angles(*self.ops.rope_angles(batch.positions, self._compress_freq))
         streams = self.ops.embed(batch.token_ids, self.parameters.embed, self.config.hc_mult, self.act)
         for block, cache in zip(self.parameters.blocks, caches, strict=True):
             angles = window_angles if block.kind == "window" else compress_angles
-            streams = self._attention_sublayer(streams, batch, block, cache, angles)
-            streams = self._experts_sublayer(streams, batch, block)
+            streams = self.block(streams, batch, block, cache, angles)
         return streams
 
     def logits(self, streams: Tensor) -> Tensor:
         """Logits [R, V] f32 of R rows of streams [R, M, D]: collapse the streams, normalise, project (2.1
         steps 3-4)."""
-        head = self.parameters.hc_head
+        return self.head(streams, self.parameters.hc_head, self.parameters.norm)
+
+    def head(self, streams: Tensor, collapse: HyperConnection, norm: Tensor) -> Tensor:
+        """The same with another collapse and norm before the head: a draft layer has its own."""
         config = self.config
         h = self.ops.hc_head(
             streams.contiguous(),
-            head.fn,
-            head.base,
-            head.scale,
-            self.parameters.norm,
+            collapse.fn,
+            collapse.base,
+            collapse.scale,
+            norm,
             eps=config.hc_eps,
             norm_eps=config.norm_eps,
         )
         return self.ops.linear(h, self.parameters.head, out_dtype=torch.float32)
 
     # ---- blocks (2.6) ------------------------------------------------------------------------------------
+
+    def window_angles(self, positions: Tensor) -> Angles:
+        """The angles of window layers at ``positions`` [T] i32."""
+        return Angles(*self.ops.rope_angles(positions, self._main_freq))
+
+    def block(self, streams: Tensor, batch: Batch, block: Block, cache: LayerCache, angles: Angles) -> Tensor:
+        """One layer: streams [T, M, D] act before it -> after it, its cache updated."""
+        streams = self._attention_sublayer(streams, batch, block, cache, angles)
+        return self._experts_sublayer(streams, batch, block)
+
+    def store_rows(
+        self, streams: Tensor, batch: Batch, block: Block, cache: LayerCache, angles: Angles
+    ) -> None:
+        """Updates the cache of a window layer as ``block`` does, and computes nothing else: a row depends on
+        its own token's streams alone."""
+        x, _, _ = self._hc_pre(streams, block.hc_attn, block.attn_norm)
+        p = block.attn
+        kv = self.ops.linear(x, p.wkv, quantize=self.is_published)
+        rows = self.ops.kv_rows(kv, p.kv_norm, angles.cos, angles.sin, self.config.norm_eps, cache.row_format)
+        self.ops.store_window(rows, batch, cache.window)
 
     def _attention_sublayer(
         self, streams: Tensor, batch: Batch, block: Block, cache: LayerCache, angles: Angles

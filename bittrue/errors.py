@@ -10,6 +10,7 @@ BittrueError
 ├── BackendUnavailable        the chosen backend cannot run here            -> exit 2
 ├── QueueFull                 too many requests wait                        -> HTTP 429
 ├── Draining                  the server is shutting down                   -> HTTP 503
+├── KVCorrupted               cached rows are not what was stored           -> HTTP 500, exit 4
 ├── HttpRefused               key, path, method, time or size of a request  -> HTTP 401, 404, 405, 408, 413
 └── EngineDied                the engine process cannot be kept alive       -> HTTP 500
 """
@@ -120,3 +121,10 @@ class EngineDied(BittrueError):
     """The engine process ended and could not be restarted."""
 
     code = "engine_died"
+
+
+class KVCorrupted(BittrueError):
+    """Cached rows or states are not what was stored, or belong to another sequence. Names the place."""
+
+    exit_code = 4
+    code = "kv_corrupted"

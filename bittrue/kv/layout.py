@@ -17,6 +17,9 @@ CSA_RATIO = 4
 HCA_RATIO = 128
 PAGE_TOKENS = 128  # the least common multiple of the two ratios: a page ends with a whole row in every layer
 
+# Layers begin at multiples of this in the offload file: a page fault maps what lies around it in the layer.
+OFFLOAD_ALIGN = 1 << 16
+
 # An entry of a CSA layer pools 8 tokens, so the raw rows of the last 8 must be at hand.
 CSA_FRONTIER = 8
 
@@ -226,7 +229,21 @@ class KVLayout:
         parts = (part for layer in self.layers for part in layer.parts)
         return sum(part.bytes for part in parts if part.name == name and not part.offloaded)
 
+    def offload_offsets(self, pages: int) -> tuple[int, ...]:
+        """Where the offloaded part of each layer that has one begins in the file, and where the file ends."""
+        offsets = [0]
+        for layer in self.layers:
+            if layer.offloaded_page_bytes:
+                size = pages * layer.offloaded_page_bytes
+                offsets.append(offsets[-1] + ceil_div(size, OFFLOAD_ALIGN) * OFFLOAD_ALIGN)
+        return tuple(offsets)
+
+    def offload_file_bytes(self, pages: int) -> int:
+        """Bytes of the offload file for ``pages`` pages; 0 where nothing is offloaded."""
+        return self.offload_offsets(pages)[-1]
+
     def pool_bytes(self, pages: int, slots: int) -> int:
+        """Bytes in memory of ``pages`` pages and ``slots`` state slots."""
         return pages * self.page_bytes + slots * self.slot_bytes
 
     def budget(self, max_sequences: int) -> KVBudget:

@@ -86,10 +86,12 @@ class Ledger:
 
     ``weights``: the mapped files; ``kv_*``: the pages; ``state_*``: the state slots; ``tokens``: the ids of
     the sequences that fill the pages; ``step``: buffers of the largest step;
-    ``graphs``: those of captured decode steps; ``process``: the program itself.
+    ``graphs``: those of captured decode steps; ``process``: the program itself; ``offload_hot``: rows of the
+    offload file that stay in memory. ``offload_file_bytes`` is that file: disk, not in the total.
     """
 
     lines: dict[str, int]
+    offload_file_bytes: int = 0
 
     @property
     def total(self) -> int:
@@ -105,11 +107,13 @@ def memory_ledger(
     slots: int,
     weight_bytes: int,
     bounds: StepBounds,
+    offload_hot: int = 0,
 ) -> Ledger:
     """What an engine with these pools holds when every pool is full and the largest step has run; requests
     that wait in the queue hold their token ids beside it.
 
-    ``weight_bytes``: the checkpoint's files, which are mapped and never copied.
+    ``weight_bytes``: the checkpoint's files, which are mapped and never copied. ``offload_hot``: the knob;
+    what it counts for is never more than the file.
     """
     counts = {"page": pages, "slot": slots}
     parts = {part.name: counts[part.per] for layer in layout.layers for part in layer.parts}
@@ -123,7 +127,10 @@ def memory_ledger(
     lines["step"] = step_bytes(shape, act=act, bounds=bounds)
     lines["graphs"] = graph_bytes(shape, act=act, pages=pages, bounds=bounds)
     lines["process"] = PROCESS_BYTES + shape.vocab_size * VOCAB_ENTRY_BYTES
-    return Ledger(lines)
+    offloaded = layout.offload_file_bytes(pages)
+    if offloaded:
+        lines["offload_hot"] = min(offload_hot, offloaded)
+    return Ledger(lines, offloaded)
 
 
 def step_bytes(shape: StepShape, *, act: ActDtype, bounds: StepBounds) -> int:

@@ -1,6 +1,7 @@
 """Builds what an engine runs on from a checkpoint directory and a RunConfig: everything that is chosen
 once."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,24 @@ from bittrue.config.run import RunConfig
 from bittrue.engine.runner import Runner
 from bittrue.engine.types import SamplingParams
 from bittrue.errors import BackendUnavailable, ConfigError
-from bittrue.kv.layout import KVLayout
+from bittrue.kv.canary import Canary
+from bittrue.kv.disk import DiskTier
+from bittrue.kv.layout import KVBudget, KVLayout
 from bittrue.kv.ledger import Ledger, StepBounds, memory_ledger
-from bittrue.kv.pool import allocate
+from bittrue.kv.manager import CachePolicy
+from bittrue.kv.offload import OffloadFile, RowStore
+from bittrue.kv.pool import KVPool, allocate, plain_memory
+from bittrue.kv.tiers import TierStore
 from bittrue.model.build import TensorSource, build_parameters
 from bittrue.model.deepseek_v4 import DeepseekV4
 from bittrue.model.weights import Checkpoint, load_checkpoint, weight, weight_version
+from bittrue.obs.log import Log
 from bittrue.ops.contracts import OpTable
 from bittrue.ops.dispatch import select
 from bittrue.ops.threads import threads_of
+from bittrue.spec.mtp import MtpProposer
+from bittrue.spec.ngram import NgramProposer
+from bittrue.spec.proposer import Proposer
 from bittrue.text.grammar import DelayedGrammar, GrammarCompiler, GrammarState
 from bittrue.text.tokenizer import Tokenizer
 
@@ -35,8 +45,15 @@ class Assembly:
     act: ActDtype
     runner: Runner
     layout: KVLayout
+    budget: KVBudget
     num_pages: int
     num_slots: int
+    pool: KVPool
+    policy: CachePolicy
+    tiers: TierStore | None
+    row_store: RowStore | None
+    canary: Canary | None
+    proposer: Proposer | None
     max_context: int
     tokenizer: Tokenizer
     compiler: GrammarCompiler
@@ -49,6 +66,13 @@ class Assembly:
         if params.grammar is None:
             return None
         return DelayedGrammar(GrammarState(self.compiler, params.grammar), params.grammar_after)
+
+    def close(self) -> None:
+        """Writes what the tiers still have to and gives their files back."""
+        if self.tiers is not None:
+            self.tiers.close()
+        if self.row_store is not None:
+            self.row_store.close()
 
 
 def assemble(run: RunConfig, *, progress: Progress | None = None, verified: str = "") -> Assembly:
@@ -67,19 +91,51 @@ def assemble(run: RunConfig, *, progress: Progress | None = None, verified: str 
     level, act = numerics(run, config)
     ops = select(run.backend, isa=None if run.isa == "auto" else run.isa, threads=run.threads or None)
     max_context = context_limit(run, config)
-    layout = KVLayout.of(config, level=level, act=act)
-    num_pages, num_slots = layout.fit(run.kv_memory, max_sequences=run.max_running, max_context=max_context)
+    log = Log(sys.stderr, run.log_level)
+    layout = KVLayout.of(
+        config,
+        level=level,
+        act=act,
+        max_draft=0 if run.speculation == "off" else run.max_draft,
+        num_draft_layers=1 if run.speculation == "mtp" else 0,
+        offload=bool(run.offload_dir),
+    )
+    budget = layout.budget(run.max_running, max_snapshots(run, max_context))
+    num_pages, num_slots = budget.fit(run.kv_memory, max_context=max_context)
+    rows = row_store(run, layout, num_pages)
+    model = DeepseekV4(
+        config, build_parameters(config, checkpoint_source(checkpoint)), ops, level=level, act=act
+    )
+    caches = allocate(
+        layout,
+        pages=num_pages,
+        slots=num_slots,
+        allocator=plain_memory if rows is None else rows.allocator(),
+    )
+    runner = Runner(model, caches)
+    tiers = tier_store(run, layout, log)
     tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     return Assembly(
         config=config,
         level=level,
         act=act,
-        runner=build_runner(
-            config, checkpoint_source(checkpoint), ops, level=level, act=act, pages=num_pages, slots=num_slots
-        ),
+        runner=runner,
         layout=layout,
+        budget=budget,
         num_pages=num_pages,
         num_slots=num_slots,
+        pool=KVPool(layout, caches) if tiers is None else KVPool(layout, caches, tiers.save),
+        policy=CachePolicy(
+            is_on=run.prefix_cache,
+            snapshot_every=run.snapshot_every,
+            num_layers=config.num_layers,
+            window=config.window,
+            max_draft=layout.max_draft,
+        ),
+        tiers=tiers,
+        row_store=rows,
+        canary=None if run.kv_canary == "off" else Canary(layout, caches, run.kv_canary, log),
+        proposer=proposer(run, checkpoint, runner),
         max_context=max_context,
         tokenizer=tokenizer,
         compiler=GrammarCompiler(tokenizer, config.vocab_size),
@@ -97,9 +153,46 @@ def assemble(run: RunConfig, *, progress: Progress | None = None, verified: str 
                 max_context=max_context,
                 threads=threads_of(ops),
             ),
+            offload_hot=run.offload_hot,
         ),
         verified=checkpoint.stamp,
     )
+
+
+def max_snapshots(run: RunConfig, max_context: int) -> int:
+    """State slots of use beside those that run: ends of prompts and turns, and the grid of ``snapshot_every``."""
+    if not run.prefix_cache:
+        return 0
+    grid = run.max_running * max_context // run.snapshot_every if run.snapshot_every else 0
+    return 4 * run.max_running + grid
+
+
+def row_store(run: RunConfig, layout: KVLayout, num_pages: int) -> RowStore | None:
+    """Where CSA rows live off memory, if they do. Raises ConfigError."""
+    if not run.offload_dir:
+        return None
+    return OffloadFile.create(run.offload_dir, layout, pages=num_pages, hot_bytes=run.offload_hot)
+
+
+def tier_store(run: RunConfig, layout: KVLayout, log: Log) -> TierStore | None:
+    """The host and disk tiers, if there are any. Raises ConfigError."""
+    if not run.prefix_cache or not (run.host_cache or run.cache_dir):
+        return None
+    disk = None
+    if run.cache_dir:
+        disk = DiskTier(run.cache_dir, budget_bytes=run.disk_cache, layout=layout.digest(), log=log)
+    return TierStore(host_bytes=run.host_cache, disk=disk, log=log)
+
+
+def proposer(run: RunConfig, checkpoint: Checkpoint, runner: Runner) -> Proposer | None:
+    """What drafts, if anything does. Raises ConfigError for a checkpoint without the draft module."""
+    match run.speculation:
+        case "off":
+            return None
+        case "ngram":
+            return NgramProposer()
+        case "mtp":
+            return MtpProposer(build_mtp(checkpoint, runner.model), runner.draft_caches[0])
 
 
 def numerics(run: RunConfig, config: ModelConfig) -> tuple[Level, ActDtype]:

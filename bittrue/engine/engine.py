@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bittrue.config.run import RunConfig
 from bittrue.engine.assembly import Assembly, Progress, assemble
-from bittrue.engine.output import Ending, Output
+from bittrue.engine.drafting import Drafted, Drafting
+from bittrue.engine.output import Draw, Ending, Output
 from bittrue.engine.plan import ScheduledSequence, SequenceOutput, StepPlan
 from bittrue.engine.sampler import SampleInput, sample, token_logprob
 from bittrue.engine.scheduler import Scheduler, SchedulerLimits
@@ -27,11 +28,16 @@ from bittrue.engine.types import (
     TokenLogprob,
 )
 from bittrue.errors import InvalidRequest
+from bittrue.kv.identity import namespace_digest
 from bittrue.kv.manager import KVManager
+from bittrue.kv.moves import Move
 from bittrue.model.batch import Segment
 from bittrue.ops.dispatch import build_of
 from bittrue.text.detokenize import Detokenizer
 from bittrue.text.stop import StopMatcher
+
+_FETCH_WAIT_S = 0.005  # nothing else to do: look again at the inbox soon
+_MAX_SPACES = 4096  # digests of salts kept
 
 
 class Engine:
@@ -63,9 +69,12 @@ class Engine:
             max_running=self.run.max_running,
             max_queue=self.run.max_queue,
             max_context=self.max_context,
+            max_draft=parts.layout.max_draft,
         )
-        budget = parts.layout.budget(self.run.max_running)
-        self._scheduler = Scheduler(limits, KVManager(parts.num_pages, parts.num_slots), budget)
+        self._kv = KVManager(parts.num_pages, parts.num_slots, parts.policy, parts.tiers)
+        self._scheduler = Scheduler(limits, self._kv, parts.budget, self._space)
+        self._spaces: dict[str, bytes] = {}
+        self._drafting = Drafting(parts.proposer, self._ops, parts.layout.max_draft)
         self._outputs: dict[str, Output] = {}
         self._ready: list[TokenEvent] = []  # events that need no step
         self._names = itertools.count()
@@ -85,6 +94,8 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Ends a sequence and frees its memory; its last event says ``abort``. Unknown ids are ignored."""
         if self._scheduler.abort(request_id) is not None:
+            self._move(self._kv.take_moves())
+            self._drafting.forget(request_id)
             output = self._outputs.pop(request_id)
             self._ready.append(self._event(output, (), (), Ending("abort")))
 
@@ -97,10 +108,33 @@ class Engine:
         plan = self._scheduler.schedule()
         if plan is not None:
             events += self._run(plan)
+        elif self._scheduler.has_work and not events:
+            self._kv.wait_for_fetches(_FETCH_WAIT_S)
         return events
 
     def stats(self) -> EngineStats:
-        return msgspec.structs.replace(self._scheduler.stats(), weight_version=self.parts.weight_version)
+        stats = self._scheduler.stats()
+        tiers, canary = self.parts.tiers, self.parts.canary
+        if tiers is not None:
+            cache = msgspec.structs.replace(
+                stats.cache, tier_bytes=tiers.sizes(), tier_events=tiers.counters()
+            )
+            stats = msgspec.structs.replace(stats, cache=cache)
+        return msgspec.structs.replace(
+            stats,
+            num_canary_faults_total=0 if canary is None else canary.num_faults,
+            weight_version=self.parts.weight_version,
+        )
+
+    def flush(self) -> dict[str, int]:
+        """Drops every cached prefix on every tier and says how much there was. Raises BittrueError where
+        something stayed."""
+        pages, snapshots = self._kv.flush()
+        self._move(self._kv.take_moves())
+        dropped = {"pages": pages, "snapshots": snapshots}
+        if self.parts.tiers is not None:
+            dropped |= self.parts.tiers.flush()
+        return dropped
 
     @property
     def verified(self) -> str:
@@ -110,17 +144,26 @@ class Engine:
     def memory(self) -> MemoryReport:
         layout = self.parts.layout
         return MemoryReport(
-            ledger=self.parts.ledger.lines, page_bytes=layout.page_bytes, slot_bytes=layout.slot_bytes
+            ledger=self.parts.ledger.lines,
+            page_bytes=layout.page_bytes,
+            slot_bytes=layout.slot_bytes,
+            max_snapshots=self.parts.budget.max_snapshots,
         )
 
     def check(self) -> None:
-        """Asserts that every page and slot is free or held by a live sequence (tests and debugging)."""
+        """Asserts that every page and slot is free, held by a live sequence or cached (tests and
+        debugging)."""
         self._scheduler.check()
 
     def fingerprint(self) -> dict[str, Any]:
         """What the bits of an answer depend on. Two engines with equal fingerprints give equal answers."""
+        facts = self._facts()
+        digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+        return {**facts, "digest": digest}
+
+    def _facts(self) -> dict[str, str]:
         parts = self.parts
-        facts = {
+        return {
             "weight_version": parts.weight_version,
             "tokenizer": parts.tokenizer.digest,
             "level": parts.level,
@@ -129,14 +172,25 @@ class Engine:
             "kernels": build_of(self._ops),
             "torch": str(torch.__version__),
         }
-        digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
-        return {**facts, "digest": digest}
+
+    def _space(self, salt: str) -> bytes:
+        """The namespace of the prefix cache: all that the bits of a row depend on beside the tokens, and who
+        may share it."""
+        found = self._spaces.get(salt)
+        if found is None:
+            facts = {**self._facts(), "rows": self.parts.layout.digest().hex()}
+            found = namespace_digest(facts, salt)
+            if len(self._spaces) >= _MAX_SPACES:
+                self._spaces.clear()
+            self._spaces[salt] = found
+        return found
 
     def close(self) -> None:
-        """Ends every live sequence and lets go of the memory."""
+        """Ends every live sequence, writes what the tiers still have to, and lets go of the memory."""
         for request_id in list(self._outputs):
             self.abort(request_id)
         self._ready.clear()
+        self.parts.close()
 
     # ---- conveniences ------------------------------------------------------------------------------------
 
@@ -194,70 +248,124 @@ class Engine:
         for seq_id in plan.admitted:
             output = self._outputs[seq_id]
             if output.queued_s is None:
-                output.queued_s = now_s - self._scheduler.sequence(seq_id).arrived_at
-        segments = [self._segment(part) for part in plan.sequences]
-        streams = self._runner.forward(segments)
+                sequence = self._scheduler.sequence(seq_id)
+                output.queued_s = now_s - sequence.arrived_at
+                output.num_cached = sequence.num_cached
+        begun_s = time.perf_counter()
+        streams = self._forward(plan)
         offsets = list(itertools.accumulate((part.num_tokens for part in plan.sequences), initial=0))
         for part, offset in zip(plan.sequences, offsets, strict=False):
             self._score_prompt(part, streams, offset)
         drawn = self._draw(plan, streams, offsets)
 
-        endings: dict[str, Ending | None] = {}
-        outputs = []
-        for part in plan.sequences:
-            if part.samples:
-                token_id, _ = drawn[part.seq_id]
-                ending = self._outputs[part.seq_id].append(token_id)
-                endings[part.seq_id] = ending
-                outputs.append(SequenceOutput(part.seq_id, token_id, ending.reason if ending else None))
-        for sequence in self._scheduler.commit(plan, tuple(outputs)):
+        outputs = tuple(
+            SequenceOutput(seq_id, tuple(d.token_ids), d.ending.reason if d.ending else None)
+            for seq_id, d in drawn.items()
+        )
+        for sequence in self._scheduler.commit(plan, outputs):
             assert sequence.finish_reason is not None
-            if endings.get(sequence.seq_id) is None:
-                endings[sequence.seq_id] = Ending(sequence.finish_reason)
+            draw = drawn.setdefault(sequence.seq_id, Draw())
+            draw.ending = draw.ending or Ending(sequence.finish_reason)
+        self._draft(plan, streams, offsets, drawn, begun_s)
+        # After drafting: a snapshot taken now has what the draft module wrote.
+        self._move(self._kv.take_moves())
+        return [
+            self._event(
+                self._output_of(seq_id, draw), tuple(draw.token_ids), tuple(draw.logprobs), draw.ending
+            )
+            for seq_id, draw in drawn.items()
+        ]
 
-        events = []
-        for part in plan.sequences:
-            if part.samples or part.seq_id in endings:
-                token, logprob = drawn.get(part.seq_id, (None, None))
-                tokens = () if token is None else (token,)
-                logprobs = () if logprob is None else (logprob,)
-                ending = endings.get(part.seq_id)
-                output = self._outputs[part.seq_id] if ending is None else self._outputs.pop(part.seq_id)
-                events.append(self._event(output, tokens, logprobs, ending))
-        return events
+    def _forward(self, plan: StepPlan) -> Tensor:
+        """The streams of the step's tokens, after the moves that come first."""
+        self._move(plan.moves)
+        segments = [self._segment(part) for part in plan.sequences]
+        canary, rows = self.parts.canary, self.parts.row_store
+        if canary is not None:
+            canary.before(segments, [self._history(part) for part in plan.sequences])
+        streams = self._runner.forward(segments)
+        if canary is not None:
+            canary.after(segments)
+        if rows is not None:
+            rows.after_step([segment.page_ids for segment in segments])
+        return streams
+
+    def _move(self, moves: Sequence[Move]) -> None:
+        if moves:
+            self.parts.pool.apply(moves)
+            if self.parts.canary is not None:
+                self.parts.canary.moves(moves)
 
     def _segment(self, part: ScheduledSequence) -> Segment:
-        tokens = self._scheduler.sequence(part.seq_id).tokens[part.start : part.end]
-        return Segment(tokens, part.start, part.fold, part.slot, part.page_ids)
+        known = self._scheduler.sequence(part.seq_id).tokens[part.start : part.end - len(part.drafts)]
+        return Segment([*known, *part.drafts], part.start, part.fold, part.slot, part.page_ids, part.kept)
 
-    def _draw(
-        self, plan: StepPlan, streams: Tensor, offsets: Sequence[int]
-    ) -> dict[str, tuple[int, TokenLogprob | None]]:
-        """The next token of every sequence that samples."""
-        sampling = [
-            (part, offset) for part, offset in zip(plan.sequences, offsets, strict=False) if part.samples
+    def _history(self, part: ScheduledSequence) -> Sequence[int]:
+        known = self._scheduler.sequence(part.seq_id).tokens[: part.end - len(part.drafts)]
+        return [*known, *part.drafts]
+
+    def _draw(self, plan: StepPlan, streams: Tensor, offsets: Sequence[int]) -> dict[str, Draw]:
+        """The next tokens of every sequence that samples: the one after its last known token, and as long as
+        each equals the draft in its place, the ones after the drafts."""
+        going = [
+            (part, offset + part.num_tokens - 1 - len(part.drafts))
+            for part, offset in zip(plan.sequences, offsets, strict=False)
+            if part.samples
         ]
-        drawn: dict[str, tuple[int, TokenLogprob | None]] = {}
-        rows = [offset + part.num_tokens - 1 for part, offset in sampling]
-        done = 0
-        for block, logits in self._runner.logits_by_block(streams, rows):
-            parts = [part for part, _ in sampling[done : done + len(block)]]
-            done += len(block)
-            items = [self._sample_input(part) for part in parts]
-            for part, result in zip(parts, sample(logits, items, self._ops), strict=True):
-                drawn[part.seq_id] = (result.token_id, result.logprob)
+        drawn = {part.seq_id: Draw() for part, _ in going}
+        place = 0
+        while going:
+            done = 0
+            for block, logits in self._runner.logits_by_block(streams, [row + place for _, row in going]):
+                parts = [part for part, _ in going[done : done + len(block)]]
+                done += len(block)
+                items = [self._sample_input(part, place) for part in parts]
+                for part, result in zip(parts, sample(logits, items, self._ops), strict=True):
+                    drawn[part.seq_id].take(result, self._outputs[part.seq_id])
+            going = [
+                (part, row)
+                for part, row in going
+                if drawn[part.seq_id].ending is None
+                and part.drafts[place : place + 1] == (drawn[part.seq_id].token_ids[place],)
+            ]
+            place += 1
         return drawn
 
-    def _sample_input(self, part: ScheduledSequence) -> SampleInput:
+    def _sample_input(self, part: ScheduledSequence, place: int) -> SampleInput:
+        """For the token after draft number ``place`` of the step (0: after the last known token)."""
         output = self._outputs[part.seq_id]
         return SampleInput(
             params=output.request.params,
-            position=part.end,
+            position=part.end - len(part.drafts) + place,
             prompt=output.request.prompt,
             generated=output.generated,
             forbidden=output.forbidden(),
             allowed=output.allowed(),
         )
+
+    def _draft(
+        self,
+        plan: StepPlan,
+        streams: Tensor,
+        offsets: Sequence[int],
+        drawn: dict[str, Draw],
+        begun_s: float,
+    ) -> None:
+        """Drafts for the next step of every sequence that goes on."""
+        if self._drafting.is_off:
+            return
+        live = []
+        for part, offset in zip(plan.sequences, offsets, strict=False):
+            draw = drawn.get(part.seq_id)
+            if draw is not None and draw.ending is not None:
+                self._drafting.forget(part.seq_id)
+            else:
+                sequence = self._scheduler.sequence(part.seq_id)
+                output = self._outputs[part.seq_id]
+                output.num_drafted, output.num_accepted = sequence.num_drafted, sequence.num_accepted
+                live.append(Drafted(sequence, output, part, offset, draw))
+        for seq_id, drafts in self._drafting.after_step(streams, live, plan.num_tokens, begun_s):
+            self._scheduler.set_drafts(seq_id, drafts)
 
     def _score_prompt(self, part: ScheduledSequence, streams: Tensor, offset: int) -> None:
         """Records the log-probabilities of the prompt tokens that follow this step's positions."""
@@ -315,6 +423,9 @@ class Engine:
             output.append(token_id)
         return output
 
+    def _output_of(self, seq_id: str, draw: Draw) -> Output:
+        return self._outputs[seq_id] if draw.ending is None else self._outputs.pop(seq_id)
+
     def _event(
         self,
         output: Output,
@@ -337,6 +448,9 @@ class Engine:
             finish_reason=None if ending is None else ending.reason,
             stop_match=None if ending is None else ending.match,
             num_prompt_tokens=len(output.request.prompt),
+            num_cached_tokens=output.num_cached,
+            num_drafted=output.num_drafted,
+            num_accepted=output.num_accepted,
             queued_s=queued_s,
             error=None if ending is None else ending.error,
         )

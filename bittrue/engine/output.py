@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from bittrue.engine.sampler import SampleOutput
 from bittrue.engine.types import FinishReason, Request, TokenLogprob
 from bittrue.text.detokenize import Detokenizer
 from bittrue.text.grammar import DelayedGrammar
@@ -34,6 +35,9 @@ class Output:
     prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
     is_prompt_reported: bool = False
     queued_s: float | None = None  # seconds from arrival to the first step that served it
+    num_cached: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
     is_begun: bool = False  # an event has been sent
 
     @property
@@ -72,3 +76,18 @@ class Output:
             if matched is not None:
                 return Ending("stop", matched)
         return Ending("length") if len(self.generated) >= params.max_tokens else None
+
+
+@dataclass(slots=True)
+class Draw:
+    """What one step drew for one sequence. All tokens but the last are drafts that were accepted."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    ending: Ending | None = None
+
+    def take(self, result: SampleOutput, output: Output) -> None:
+        self.token_ids.append(result.token_id)
+        if result.logprob is not None:
+            self.logprobs.append(result.logprob)
+        self.ending = output.append(result.token_id)

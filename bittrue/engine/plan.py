@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from bittrue.engine.types import FinishReason
+from bittrue.kv.moves import Move
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,8 +12,9 @@ class ScheduledSequence:
 
     ``page_ids[i]`` holds tokens 128 * i .. 128 * i + 127; together they cover at least the last token of
     the step. ``fold`` is the position at which the HCA running pool stands (``Batch.folds``; ``start``
-    without drafts). ``samples``: the step reaches the sequence's last known token, and the next one is to
-    be drawn.
+    without drafts). Compressed rows of tokens before ``kept`` stand already. ``samples``: the step reaches
+    the sequence's last known token, and the next one is to be drawn. ``drafts`` are computed behind that
+    token and counted in ``num_tokens``: guesses at the tokens to be drawn.
     """
 
     seq_id: str
@@ -22,6 +24,8 @@ class ScheduledSequence:
     fold: int
     page_ids: tuple[int, ...]
     samples: bool
+    kept: int = 0
+    drafts: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -33,12 +37,13 @@ class ScheduledSequence:
 class StepPlan:
     """One step. ``sequences``: those that decode, then those that prefill, each by rank; ids are request ids.
 
-    ``admitted`` start (again) from position 0, in a slot and pages whose old content no op reads;
-    ``preempted`` lost their memory and wait.
+    ``moves`` come first, in order. ``admitted`` start (again), from position 0 or from what the cache holds
+    of them; ``preempted`` gave up their memory and wait.
     """
 
     step: int
     sequences: tuple[ScheduledSequence, ...]
+    moves: tuple[Move, ...] = ()
     admitted: tuple[str, ...] = ()
     preempted: tuple[str, ...] = ()
 
@@ -49,12 +54,12 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class SequenceOutput:
-    """What a step gave one sequence: the token drawn (when it samples), and the reason when it ends there.
+    """What a step gave one sequence: the tokens drawn (when it samples), and the reason when it ends there.
 
-    ``token_id`` None with a ``finish_reason`` ends a sequence without a token (an error). The scheduler
-    itself ends a sequence with "length" at max_tokens.
+    All tokens but the last are drafts that were accepted. No token with a ``finish_reason`` ends a sequence
+    without one (an error). The scheduler itself ends a sequence with "length" at max_tokens.
     """
 
     seq_id: str
-    token_id: int | None = None
+    token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None

@@ -1,27 +1,28 @@
 """Decides who computes what in each step: continuous batching of decodes and chunked prefills, integers only.
 
-Every sequence has a rank: (priority number, arrival), the smaller first. Plans are a function of the calls
-made. With B = ``max_step_tokens``, a step is decided in three parts:
+Every sequence has a rank (its arrival, later by AGING for each step of priority), the smaller first: nobody
+is overtaken by more than a fixed number of later requests. Plans are a function of the calls made, and of
+when the tiers answer. With B = ``max_step_tokens``, a step is decided in three parts:
 
 Memory. In rank order every running sequence secures the page of its next token. Where no page is free, the
 *youngest* (last by rank) running sequence is preempted: as a rule it has computed least, so least is lost.
-The youngest itself, when it asks in vain, keeps what it has and sits out the step. A preempted sequence
-returns to its place by rank, before all that came after it, and is computed again from position 0 with the
-tokens it has.
+The youngest itself, when it asks in vain, keeps what it has and sits out the step. A preempted sequence hands
+its pages and state to the prefix cache, which gives up what was used longest ago, and returns to its place by
+rank; admitted again, it goes on from what the cache still has of it, like any prompt.
   The first by rank is never preempted, always gets its page, and fits the pool alone (``add`` checks it):
   it runs to its end, and then the next is first. So there is no livelock, and every request ends.
 
-Admission, by rank and strictly in turn, while a slot is free and the pages of the first slice (at most B
-tokens). One that was preempted waits for the pages of all its known tokens: with fewer it would take back
-memory that older ones are growing into, and lose it again.
-  Among equal priorities whoever runs is older than whoever waits, and nobody is overtaken.
+Admission, by rank and in turn, while a slot is free and the pages of the first slice (at most B tokens). One
+that was preempted waits for the pages of all its known tokens: with fewer it would take back memory that
+older ones are growing into, and lose it again. Passed over, without holding up others: who waits for the
+tiers, and who shares a prefix that a running sequence is computing just now.
 
 Tokens. Decodes (one known token left) take one token each; prefills share the rest, P = B - decodes. When
 the two want more than B, prefills keep a floor of B // 8 (at least 1; for B = 1 the two kinds take turns).
 Where decodes do not all have room, those served longest ago go first: of D decodes with room for C, each is
 served at least once in ceil(D / C) of the steps that serve decodes. Half of P (rounded up and down in turn)
 goes to prefills by rank, the rest to those with fewest tokens left, and what one cannot use falls to the
-next.
+next. What is left of B after that goes to drafts, by rank. A slice ends where a snapshot is to be taken.
   While D <= B - floor no decode waits for a prefill.
   The first prefill by rank gets floor(P / 2) tokens a step or more: short prompts do not starve a long one.
   The one with fewest tokens left, n, gets as much: done in about 2 n / P steps, however long the others are.
@@ -29,14 +30,23 @@ next.
 """
 
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bittrue.engine.plan import ScheduledSequence, SequenceOutput, StepPlan
 from bittrue.engine.sequence import Sequence
-from bittrue.engine.types import EngineStats, FinishReason, PrefillProgress, Request
+from bittrue.engine.types import (
+    CacheCounters,
+    DraftCounters,
+    EngineStats,
+    FinishReason,
+    PrefillProgress,
+    Request,
+)
 from bittrue.errors import ConfigError, InvalidRequest, PromptTooLong, QueueFull
-from bittrue.kv.layout import KVBudget, pages_for
-from bittrue.kv.manager import KVManager
+from bittrue.kv.layout import KVBudget
+from bittrue.kv.manager import Admission, KVManager
+from bittrue.kv.prefix import common_length
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +71,21 @@ class SchedulerLimits:
 class Scheduler:
     """Owns every live sequence. ``schedule`` and ``commit`` alternate; ``add`` and ``abort`` between."""
 
-    def __init__(self, limits: SchedulerLimits, kv: KVManager, budget: KVBudget | None = None) -> None:
-        """``budget`` says how large a KV memory must be for what ``add`` refuses (in its message)."""
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        kv: KVManager,
+        budget: KVBudget | None = None,
+        space: Callable[[str], bytes] = str.encode,
+    ) -> None:
+        """``budget`` says how large a KV memory must be for what ``add`` refuses (in its message);
+        ``space``: the namespace of the prefix cache for a salt."""
         self.limits = limits
         self.kv = kv
         self._budget = budget
+        self._space = space
+        self._drafted_at = [0] * limits.max_draft
+        self._accepted_at = [0] * limits.max_draft
         self._max_running = min(limits.max_running, kv.num_slots)
         self._live: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # by rank
@@ -139,8 +159,13 @@ class Scheduler:
         """
         sequence = self._live.get(seq_id)
         if sequence is not None:
-            self._finish(sequence, reason)
+            # A step under way goes on writing to its state: what it would leave in the cache is not known.
+            self._finish(sequence, reason, is_state_known=seq_id not in self._in_flight)
         return sequence
+
+    def set_drafts(self, seq_id: str, drafts: tuple[int, ...]) -> None:
+        """Guesses at a sequence's next tokens: as many as there is room for are computed in the next step."""
+        self._live[seq_id].drafts = drafts[: self.limits.max_draft]
 
     def sequence(self, seq_id: str) -> Sequence:
         """A live sequence. KeyError when there is none."""
@@ -153,18 +178,24 @@ class Scheduler:
     # One step.
 
     def schedule(self) -> StepPlan | None:
-        """The next step, or None when no sequence is live. Commit it before asking for another."""
+        """The next step; commit it before asking for another. None when no sequence is live, or when all wait
+        for the tiers (``kv.wait_for_fetches``)."""
         assert self._planned is None, "a step is planned but not committed"
         if not self._live:
             return None
         ready, preempted = self._secure_memory()
         admitted = [] if preempted else self._admit()
         ready += admitted
-        counts = self._share_tokens(ready)
-        parts = tuple(self._part(sequence, num_tokens) for sequence, num_tokens in counts)
-        assert parts, "sequences are live, but none can advance"
+        parts = tuple(self._part(*share) for share in self._share_tokens(ready))
+        if not parts:
+            assert self.kv.is_fetching and not self._running, "sequences are live, but none can advance"
+            return None
         plan = StepPlan(
-            self._num_steps, parts, tuple(s.seq_id for s in admitted), tuple(s.seq_id for s in preempted)
+            self._num_steps,
+            parts,
+            self.kv.take_moves(),
+            tuple(s.seq_id for s in admitted),
+            tuple(s.seq_id for s in preempted),
         )
         self._num_steps += 1
         self._planned = plan
@@ -184,15 +215,22 @@ class Scheduler:
             sequence = self._in_flight[part.seq_id]
             if sequence.is_finished:
                 continue
-            is_decode = part.end == len(sequence.tokens) and part.end > sequence.num_prompt
-            self._num_prefill_tokens += part.num_tokens - is_decode
-            sequence.num_computed = part.end
+            end = part.end - len(part.drafts)
+            is_decode = end == len(sequence.tokens) and end > sequence.num_prompt
+            self._num_prefill_tokens += end - part.start - is_decode
+            sequence.num_computed = end
+            sequence.num_scored = max(sequence.num_scored, end)
             sequence.fold = max(sequence.fold, part.end - self.limits.max_draft)
             sequence.last_step = plan.step
             reason = self._take_output(sequence, part, by_id.get(part.seq_id))
             if reason is not None:
                 self._finish(sequence, reason)
                 finished.append(sequence)
+                continue
+            self.kv.shrink(sequence.seq_id, max(sequence.num_computed, sequence.kept))
+            if self.kv.is_stop(sequence.num_computed, sequence.num_prompt - 1):
+                computed = sequence.tokens[: sequence.num_computed]
+                self.kv.snapshot(sequence.seq_id, computed, sequence.fold)
         self._planned = None
         self._in_flight = {}
         return tuple(finished)
@@ -200,31 +238,43 @@ class Scheduler:
     def _take_output(
         self, sequence: Sequence, part: ScheduledSequence, output: SequenceOutput | None
     ) -> FinishReason | None:
-        """Append the sampled token; the reason when the sequence ends here."""
-        token = output.token_id if output is not None else None
+        """Append the sampled tokens; the reason when the sequence ends here."""
+        tokens = output.token_ids if output is not None else ()
         reason = output.finish_reason if output is not None else None
-        if token is not None:
+        if tokens:
             assert part.samples, f"{part.seq_id} got a token in a step that does not sample it"
-            sequence.tokens.append(token)
-            self._num_generated_tokens += 1
-        assert not part.samples or token is not None or reason is not None, (
-            f"{part.seq_id} samples but got no token"
-        )
+            accepted = len(tokens) - 1
+            assert tokens[:accepted] == part.drafts[:accepted], f"{part.seq_id} accepted what was no draft"
+            sequence.tokens += tokens
+            sequence.num_computed += accepted
+            self._num_generated_tokens += len(tokens)
+            self._count_drafts(sequence, len(part.drafts), accepted)
+        sequence.drafts = ()
+        assert not part.samples or tokens or reason is not None, f"{part.seq_id} samples but got no token"
         if reason is None and sequence.num_computed >= sequence.num_prompt and sequence.is_exhausted:
             return "length"
         return reason
 
-    def _part(self, sequence: Sequence, num_tokens: int) -> ScheduledSequence:
+    def _count_drafts(self, sequence: Sequence, drafted: int, accepted: int) -> None:
+        sequence.num_drafted += drafted
+        sequence.num_accepted += accepted
+        for place in range(drafted):
+            self._drafted_at[place] += 1
+            self._accepted_at[place] += place < accepted
+
+    def _part(self, sequence: Sequence, num_tokens: int, num_drafts: int) -> ScheduledSequence:
         assert sequence.slot is not None
         is_last = num_tokens == sequence.num_remaining
         return ScheduledSequence(
             seq_id=sequence.seq_id,
             slot=sequence.slot,
             start=sequence.num_computed,
-            num_tokens=num_tokens,
+            num_tokens=num_tokens + num_drafts,
             fold=sequence.fold,
             page_ids=self.kv.page_ids(sequence.seq_id),
             samples=is_last and not sequence.is_exhausted,
+            kept=sequence.kept,
+            drafts=sequence.drafts[:num_drafts],
         )
 
     # Memory.
@@ -248,42 +298,89 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self.kv.release(sequence.seq_id)
-        sequence.status, sequence.slot = "waiting", None
-        sequence.num_computed = sequence.fold = 0
+        self.kv.release(sequence.seq_id, sequence.tokens[: sequence.num_computed], sequence.fold)
+        sequence.status, sequence.slot, sequence.drafts = "waiting", None, ()
+        sequence.num_computed = sequence.fold = sequence.kept = 0
         sequence.num_preemptions += 1
         self._num_preempted += 1
         insort(self._waiting, sequence, key=_rank)
 
     def _admit(self) -> list[Sequence]:
-        """Admit waiting sequences in turn, each with a slot and its first page."""
+        """Admit waiting sequences in turn, each with a slot and the page of its next token."""
         admitted: list[Sequence] = []
-        promised = 0  # pages of the first slices of those admitted now, beyond the page they hold
-        while self._waiting and len(self._running) < self._max_running:
-            sequence = self._waiting[0]
-            needed = self._pages_to_start(sequence)
-            if self.kv.num_free_pages - promised < needed:
+        promised = 0  # pages of the first slices of those admitted now, beyond the pages they hold
+        for sequence in tuple(self._waiting):
+            if len(self._running) >= self._max_running:
                 break
-            slot = self.kv.admit(sequence.seq_id)
-            assert slot is not None and self.kv.extend(sequence.seq_id, 1), "a free slot or page is missing"
-            promised += needed - 1
-            self._waiting.pop(0)
-            sequence.status, sequence.slot = "running", slot
-            # As if just served: newcomers do not overtake decodes that wait for their turn.
-            sequence.last_step = self._num_steps
-            insort(self._running, sequence, key=_rank)
+            limit = self._cache_limit(sequence)
+            space = self._space(sequence.request.cache_salt)
+            if not self.kv.is_ready(sequence.seq_id, sequence.tokens, space, limit):
+                continue
+            if limit and self._is_computed_elsewhere(sequence, space, limit):
+                continue
+            ahead = len(sequence.tokens) + 1 if sequence.num_preemptions else self.limits.max_step_tokens
+            admission = self.kv.admit(
+                sequence.seq_id, sequence.tokens, space, limit=limit, ahead=ahead, promised=promised
+            )
+            if admission is None:
+                break
+            promised += admission.promised
+            self._start(sequence, admission)
             admitted.append(sequence)
         return admitted
 
-    def _pages_to_start(self, sequence: Sequence) -> int:
-        if sequence.num_preemptions:
-            return min(pages_for(len(sequence.tokens) + 1), self.kv.num_pages)
-        return pages_for(min(len(sequence.tokens), self.limits.max_step_tokens))
+    def _start(self, sequence: Sequence, admission: Admission) -> None:
+        self._waiting.remove(sequence)
+        sequence.status, sequence.slot, sequence.follows = "running", admission.slot, None
+        sequence.num_computed, sequence.kept = admission.start, admission.kept
+        sequence.fold = admission.fold
+        if sequence.num_preemptions == 0:
+            sequence.num_cached = min(admission.start, sequence.num_prompt)
+        # As if just served: newcomers do not overtake decodes that wait for their turn.
+        sequence.last_step = self._num_steps
+        insort(self._running, sequence, key=_rank)
+
+    def _cache_limit(self, sequence: Sequence) -> int:
+        """How many of its tokens a sequence may take from the cache: its last known token has to be computed
+        for the next one, and every token whose logits are still to be told."""
+        most = len(sequence.tokens) - 1
+        wants_scores = sequence.request.params.prompt_logprobs is not None
+        return min(most, sequence.num_scored) if wants_scores else most
+
+    def _is_computed_elsewhere(self, sequence: Sequence, space: bytes, limit: int) -> bool:
+        """Whether a running sequence is about to leave more of this one's prefix in the cache than is there."""
+        if not self.kv.policy.is_on:
+            return False
+        if sequence.follows is None:
+            for leader in self._running:
+                gain = self._gain_from(leader, sequence, limit)
+                if gain > leader.num_computed and gain > self.kv.best_start(space, sequence.tokens, limit):
+                    sequence.follows, sequence.follows_to = leader, gain
+                    break
+        ahead = sequence.follows
+        if ahead is None or ahead.status != "running" or ahead.num_computed >= sequence.follows_to:
+            sequence.follows = None
+        return sequence.follows is not None
+
+    def _gain_from(self, leader: Sequence, sequence: Sequence, limit: int) -> int:
+        """The position from which ``sequence`` could start once the prefill of ``leader`` has passed it."""
+        ours, theirs, place = sequence.tokens, leader.tokens, leader.num_computed
+        is_same_space = leader.request.cache_salt == sequence.request.cache_salt
+        # A glance first: a whole comparison of long prompts is not for every pair in every step.
+        if (
+            leader.num_remaining == 1
+            or not is_same_space
+            or ours[place : place + 32] != theirs[place : place + 32]
+        ):
+            return 0
+        shared = common_length(ours[:limit], theirs[: len(theirs) - 1])
+        return self.kv.gain(shared, leader.num_prompt - 1)
 
     # Tokens.
 
-    def _share_tokens(self, ready: list[Sequence]) -> list[tuple[Sequence, int]]:
-        """(sequence, tokens of this step) of those that get any: decodes, then prefills, each by rank."""
+    def _share_tokens(self, ready: list[Sequence]) -> list[tuple[Sequence, int, int]]:
+        """(sequence, known tokens, drafts of this step) of those that get any: decodes, then prefills, each
+        by rank."""
         ready = sorted(ready, key=_rank)
         decodes = [s for s in ready if s.num_remaining == 1]
         prefills = [s for s in ready if s.num_remaining > 1]
@@ -292,8 +389,35 @@ class Scheduler:
         if len(decodes) > room:
             chosen = sorted(decodes, key=lambda s: (s.last_step, s.rank))[:room]
             decodes = sorted(chosen, key=_rank)
-        shares = self._share_prefill(prefills, budget - len(decodes))
-        return [(s, 1) for s in decodes] + shares
+        prefill = self._share_prefill(prefills, budget - len(decodes))
+        left = budget - len(decodes) - sum(count for _, count in prefill)
+        shares = []
+        for sequence in decodes:
+            num_drafts = self._grant_drafts(sequence, left)
+            left -= num_drafts
+            shares.append((sequence, 1, num_drafts))
+        return shares + [(sequence, count, 0) for sequence, count in prefill]
+
+    def _grant_drafts(self, sequence: Sequence, most: int) -> int:
+        """How many of its drafts a decode computes: none takes a page from the cache, a token that could not
+        be kept, or a step across the place of a snapshot."""
+        if not sequence.drafts or sequence.is_exhausted:
+            return 0
+        start = sequence.num_computed
+        stop = self._stop(sequence)
+        count = min(
+            len(sequence.drafts),
+            most,
+            sequence.request.params.max_tokens - sequence.num_generated - 1,
+            self.kv.free_reach(sequence.seq_id) - start - 1,
+            (stop if stop is not None else start + 1 + most) - start - 1,
+        )
+        count = max(0, count)
+        assert self.kv.extend(sequence.seq_id, start + 1 + count)
+        return count
+
+    def _stop(self, sequence: Sequence) -> int | None:
+        return self.kv.next_stop(sequence.seq_id, sequence.num_computed, sequence.num_prompt - 1)
 
     def _prefill_floor(self, decodes: list[Sequence], prefills: list[Sequence]) -> int:
         """Tokens that decodes leave to prefills."""
@@ -311,7 +435,9 @@ class Scheduler:
 
         def give(sequence: Sequence, most: int) -> int:
             start = sequence.num_computed + given[sequence.seq_id]
+            stop = self._stop(sequence)
             end = min(start + most, len(sequence.tokens), self.kv.reach(sequence.seq_id))
+            end = end if stop is None else min(end, stop)
             assert self.kv.extend(sequence.seq_id, end)
             given[sequence.seq_id] += end - start
             return end - start
@@ -328,12 +454,14 @@ class Scheduler:
 
     # The end.
 
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+    def _finish(self, sequence: Sequence, reason: FinishReason, *, is_state_known: bool = True) -> None:
         if sequence.status == "running":
             self._running.remove(sequence)
-            self.kv.release(sequence.seq_id)
+            computed = sequence.tokens[: sequence.num_computed] if is_state_known else ()
+            self.kv.release(sequence.seq_id, computed, sequence.fold)
         else:
             self._waiting.remove(sequence)
+            self.kv.forget_fetch(sequence.seq_id)
         sequence.status, sequence.finish_reason, sequence.slot = "finished", reason, None
         del self._live[sequence.seq_id]
 
@@ -355,9 +483,23 @@ class Scheduler:
             pages_total=self.kv.num_pages,
             pages_free=self.kv.num_free_pages,
             pages_held=self.kv.num_held_pages,
+            pages_cached=self.kv.num_cached_pages,
             slots_total=self.kv.num_slots,
             slots_free=self.kv.num_free_slots,
+            slots_cached=self.kv.num_cached_slots,
             slots_held=self.kv.num_held_slots,
+            cache=self._cache_counters(),
+            drafts=DraftCounters(drafted_at=tuple(self._drafted_at), accepted_at=tuple(self._accepted_at)),
+        )
+
+    def _cache_counters(self) -> CacheCounters:
+        pages, snapshots = self.kv.num_evicted
+        return CacheCounters(
+            lookup_tokens=self.kv.lookup_tokens,
+            hit_tokens=dict(self.kv.hit_tokens),
+            replayed_tokens=self.kv.replayed_tokens,
+            evicted_pages=pages,
+            evicted_snapshots=snapshots,
         )
 
     def check(self) -> None:
@@ -374,9 +516,9 @@ class Scheduler:
             )
         for s in self._running:
             assert s.slot == self.kv.slot(s.seq_id), "a sequence and its cache disagree about the slot"
-            assert s.num_computed <= self.kv.length(s.seq_id) <= len(s.tokens), (
-                "pages do not match the tokens"
-            )
+            longest = len(s.tokens) + (len(s.drafts) if s.seq_id in self._in_flight else 0)
+            assert s.num_computed <= self.kv.length(s.seq_id) <= longest, "pages do not match the tokens"
+            assert s.kept <= self.kv.length(s.seq_id), "rows that stand have no pages"
             assert s.num_computed - self.limits.max_draft <= s.fold <= s.num_computed, "the fold is off"
 
 

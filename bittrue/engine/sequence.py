@@ -5,6 +5,7 @@ from typing import Literal
 
 from bittrue.engine.types import FinishReason, Request
 
+AGING = 256
 Status = Literal["waiting", "running", "finished"]
 
 
@@ -24,6 +25,14 @@ class Sequence:
     status: Status = "waiting"
     slot: int | None = None
     fold: int = 0  # position at which the HCA running pool stands
+    kept: int = 0  # compressed rows of tokens before this position stood when it was admitted
+    drafts: tuple[int, ...] = ()  # guesses at the tokens after the last one, for the next step
+    num_scored: int = 0  # positions whose logits were computed, as prompt log-probabilities need
+    num_cached: int = 0  # tokens that the cache spared it, when it was first admitted
+    num_drafted: int = 0
+    num_accepted: int = 0
+    follows: "Sequence | None" = None  # the running sequence that computes a prefix of this one,
+    follows_to: int = 0  # and how far that has to come
     last_step: int = -1  # last step that served it (or admitted it)
     num_preemptions: int = 0
     finish_reason: FinishReason | None = None
@@ -38,8 +47,9 @@ class Sequence:
 
     @property
     def rank(self) -> tuple[int, int]:
-        """Who goes first: the smaller priority number, then the earlier arrival. No two ranks are equal."""
-        return (self.request.priority, self.arrival)
+        """Who goes first: the smaller number; no two ranks are equal. One step of priority is worth
+        ``AGING`` arrivals: so many later requests, and no more, overtake one of the next priority."""
+        return (self.arrival + AGING * self.request.priority, self.arrival)
 
     @property
     def num_prompt(self) -> int:

@@ -94,13 +94,14 @@ class PrefillProgress(msgspec.Struct, frozen=True, array_like=True):
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine may come to hold. ``ledger``: bytes by kind (kv/ledger.py).
 
-    ``page_bytes``, ``slot_bytes``: of one page, one state slot; from them follows what a longer sequence
-    needs.
+    ``page_bytes``, ``slot_bytes``: of one page, one state slot; from them and ``max_snapshots`` follows what
+    a longer sequence needs.
     """
 
     ledger: dict[str, int] = {}
     page_bytes: int = 0
     slot_bytes: int = 0
+    max_snapshots: int = 0
 
 
 class CacheCounters(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,8 +115,6 @@ class CacheCounters(msgspec.Struct, frozen=True, kw_only=True):
     lookup_tokens: int = 0
     hit_tokens: dict[str, int] = {}
     replayed_tokens: int = 0
-    pages_cached: int = 0
-    snapshots: int = 0
     evicted_pages: int = 0
     evicted_snapshots: int = 0
     tier_bytes: dict[str, int] = {}
@@ -131,7 +130,7 @@ class DraftCounters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
-    """Counters and gauges of the engine at one moment. Pages: free + held = total, always.
+    """Counters and gauges of the engine at one moment. Pages and slots: free + held + cached = total, always.
 
     ``prefills``: the running sequences with more than one known token to compute, by rank.
     """
@@ -147,9 +146,11 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, tag="stats"):
     pages_total: int = 0
     pages_free: int = 0
     pages_held: int = 0
+    pages_cached: int = 0  # of the prefix cache alone: given up when a sequence needs them
     slots_total: int = 0
     slots_free: int = 0
     slots_held: int = 0
+    slots_cached: int = 0  # snapshots
     num_canary_faults_total: int = 0
     cache: CacheCounters = CacheCounters()
     drafts: DraftCounters = DraftCounters()

@@ -4,8 +4,9 @@ A *page* holds what 128 tokens leave behind for good, in every layer at once; a 
 part of one live sequence. The parts and their shapes are those of ``ops.contracts.LayerCache``.
 """
 
+import hashlib
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Literal, Protocol
 
 from bittrue.config.formats import ActDtype, Level, RowFormat, ceil_div, index_key_format, kv_row_format
@@ -120,11 +121,13 @@ def layer_layout(
 
 @dataclass(frozen=True, slots=True)
 class KVBudget:
-    """How a number of bytes becomes pages and state slots, and back."""
+    """How a number of bytes becomes pages and state slots, and back. ``max_snapshots``: slots of use beside
+    those of running sequences."""
 
     page_bytes: int
     slot_bytes: int
     max_sequences: int
+    max_snapshots: int = 0
 
     def __post_init__(self) -> None:
         if self.max_sequences < 1:
@@ -136,8 +139,8 @@ class KVBudget:
         """How many (pages, slots) to make of ``budget_bytes``: never more than ``max_sequences`` could use.
 
         One slot and one page always; further slots, each with a page, out of at most a quarter of the
-        budget; the rest is pages. So a budget short of one full context still serves many short sequences
-        at once, and a long one has three quarters of it at least.
+        budget; slots for snapshots out of another; the rest is pages. So a budget short of one full context
+        still serves many short sequences at once, and a long one has half of it at least.
         Raises ConfigError when not even one slot and one page fit.
         """
         if max_context < 1:
@@ -150,11 +153,12 @@ class KVBudget:
                 "raise --kv-memory",
                 field="kv_memory",
             )
-        more = affordable(max(0, budget_bytes // 4 - smallest), smallest, self.max_sequences - 1)
-        pages = slots = 1 + more
-        left = budget_bytes - pages * smallest
+        share = max(0, budget_bytes // 4 - smallest)
+        pages = running = 1 + affordable(share, smallest, self.max_sequences - 1)
+        snapshots = affordable(share, self.slot_bytes, self.max_snapshots)
+        left = budget_bytes - running * smallest - snapshots * self.slot_bytes
         pages += affordable(left, self.page_bytes, self.max_sequences * pages_for(max_context) - pages)
-        return pages, slots
+        return pages, running + snapshots
 
     def needed_for(self, num_tokens: int) -> int:
         """The budget from which on ``fit`` gives one sequence of ``num_tokens`` tokens its pages.
@@ -164,16 +168,24 @@ class KVBudget:
         """
         smallest = self.slot_bytes + self.page_bytes
         pages = pages_for(num_tokens)
-        needed = smallest
-        for slots in range(1, self.max_sequences + 1):
-            begin = smallest if slots == 1 else 4 * slots * smallest
-            # Of budgets that give this many slots, those below ``enough`` have too few pages.
-            enough = max(pages, slots) * self.page_bytes + slots * self.slot_bytes
-            if enough <= begin:
-                continue
-            end = enough if slots == self.max_sequences else min(enough, 4 * (slots + 1) * smallest)
-            needed = max(needed, end)
-        return needed
+        needed = begin = smallest
+        running, snapshots = 1, 0
+        while True:
+            # Of the budgets that give this many slots, those below ``enough`` have too few pages.
+            enough = max(pages, running) * self.page_bytes + (running + snapshots) * self.slot_bytes
+            more_running = 4 * (running + 1) * smallest if running < self.max_sequences else inf
+            more_snapshots = inf
+            if snapshots < self.max_snapshots and self.slot_bytes:
+                more_snapshots = 4 * (smallest + (snapshots + 1) * self.slot_bytes)
+            end = min(more_running, more_snapshots)
+            if enough > begin:
+                needed = max(needed, int(min(enough, end)))
+            # Half of a budget is pages: once that is enough, it stays so.
+            if end == inf or begin // 2 > enough:
+                return needed
+            running += end == more_running
+            snapshots += end == more_snapshots
+            begin = int(end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +236,17 @@ class KVLayout:
         """Bytes of one state slot, all layers."""
         return sum(layer.slot_bytes for layer in self.layers)
 
+    def digest(self) -> bytes:
+        """What the bytes of a page or a state mean: kinds, formats and widths of the layers. Ring sizes do not
+        matter."""
+        facts = [
+            (x.kind, repr(x.row_format), repr(x.key_format), part.name, part.dtype, part.shape[1:])
+            for x in self.layers
+            for part in x.parts
+        ]
+        document = repr((facts, self.window, self.num_draft_layers)).encode()
+        return hashlib.blake2b(document, digest_size=20).digest()
+
     def part_bytes(self, name: PartName) -> int:
         """Bytes in memory of one part in one page or slot, all layers: the lines of the ledger."""
         parts = (part for layer in self.layers for part in layer.parts)
@@ -246,13 +269,15 @@ class KVLayout:
         """Bytes in memory of ``pages`` pages and ``slots`` state slots."""
         return pages * self.page_bytes + slots * self.slot_bytes
 
-    def budget(self, max_sequences: int) -> KVBudget:
+    def budget(self, max_sequences: int, max_snapshots: int = 0) -> KVBudget:
         """The same layout seen from the bytes."""
-        return KVBudget(self.page_bytes, self.slot_bytes, max_sequences)
+        return KVBudget(self.page_bytes, self.slot_bytes, max_sequences, max_snapshots)
 
-    def fit(self, budget_bytes: int, *, max_sequences: int, max_context: int) -> tuple[int, int]:
+    def fit(
+        self, budget_bytes: int, *, max_sequences: int, max_context: int, max_snapshots: int = 0
+    ) -> tuple[int, int]:
         """``KVBudget.fit``: how many (pages, slots) to make of ``budget_bytes``."""
-        return self.budget(max_sequences).fit(budget_bytes, max_context=max_context)
+        return self.budget(max_sequences, max_snapshots).fit(budget_bytes, max_context=max_context)
 
 
 def affordable(budget_bytes: int, unit_bytes: int, wanted: int) -> int:

@@ -1,0 +1,101 @@
+"""Between two steps: asks the proposer for drafts, as many as pay, with the sampler's own noise."""
+
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bittrue.engine.output import Draw, Output
+from bittrue.engine.plan import ScheduledSequence
+from bittrue.engine.sampler import SampleInput, choose_tokens
+from bittrue.engine.sequence import Sequence
+from bittrue.ops.contracts import OpTable
+from bittrue.spec.control import DraftControl
+from bittrue.spec.proposer import DraftView, Proposer
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """One sequence that goes on after a step, the step's part of it, and the first row of its streams."""
+
+    sequence: Sequence
+    output: Output
+    part: ScheduledSequence
+    first_row: int
+    draw: Draw | None
+
+
+class Drafting:
+    """Drafts of all live sequences. It changes how fast tokens come, never which."""
+
+    def __init__(self, proposer: Proposer | None, ops: OpTable, max_draft: int) -> None:
+        self._proposer = proposer
+        self._ops = ops
+        self._control = DraftControl(max_draft)
+
+    @property
+    def is_off(self) -> bool:
+        return self._proposer is None
+
+    def forget(self, seq_id: str) -> None:
+        """The sequence has ended, or gave up its memory."""
+        if self._proposer is not None:
+            self._proposer.forget(seq_id)
+            self._control.forget(seq_id)
+
+    def after_step(
+        self, streams: Tensor, live: Seq[Drafted], num_rows: int, begun_s: float
+    ) -> list[tuple[str, tuple[int, ...]]]:
+        """Drafts for every sequence of ``live`` that decodes. ``begun_s``: ``time.perf_counter`` when the step
+        of ``num_rows`` rows began."""
+        if self._proposer is None:
+            return []
+        drafting_s = time.perf_counter()
+        self._control.observe_step(num_rows, drafting_s - begun_s)
+        for each in live:
+            if each.part.drafts and each.draw is not None:
+                accepted = len(each.draw.token_ids) - 1
+                self._control.observe_drafts(each.sequence.seq_id, len(each.part.drafts), accepted)
+        decodes = [each for each in live if each.sequence.num_remaining == 1]
+        wants = {
+            each.sequence.seq_id: self._control.length_for(each.sequence.seq_id, len(decodes))
+            for each in decodes
+        }
+        views = [
+            DraftView(
+                seq_id=each.sequence.seq_id,
+                slot=each.part.slot,
+                tokens=each.sequence.tokens,
+                computed_from=each.part.start,
+                computed_to=each.sequence.num_computed,
+                first_row=each.first_row,
+                wants=wants.get(each.sequence.seq_id, 0),
+            )
+            for each in live
+        ]
+        drafts: list[list[int]] = [[] for _ in live]
+
+        def choose(logits: Tensor, rows: Seq[int], place: int) -> list[int]:
+            chosen = choose_tokens(logits, [self._input(live[i], drafts[i]) for i in rows], self._ops)
+            for i, token in zip(rows, chosen, strict=True):
+                drafts[i].append(token)
+            return chosen
+
+        proposed = self._proposer.after_step(streams, views, choose)
+        if any(wants.values()):
+            self._control.observe_drafting(sum(map(len, proposed)), time.perf_counter() - drafting_s)
+        return [(each.sequence.seq_id, d) for each, d in zip(live, proposed, strict=True) if d]
+
+    def _input(self, each: Drafted, drafts: Seq[int]) -> SampleInput:
+        """What the target will be asked at that place, as far as it is known before: a grammar's mask only for
+        the first draft."""
+        output = each.output
+        return SampleInput(
+            params=output.request.params,
+            position=len(each.sequence.tokens) + len(drafts),
+            prompt=output.request.prompt,
+            generated=[*output.generated, *drafts],
+            forbidden=output.forbidden(),
+            allowed=output.allowed() if not drafts else None,
+        )

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Literal
 
-from bittrue.errors import FlushFailed
+from bittrue.errors import NotFlushed
 from bittrue.kv.disk import DiskTier
 from bittrue.kv.fetch import BytesInFlight, Fetch
 from bittrue.kv.host import HostTier
@@ -122,7 +122,7 @@ class TierStore:
 
     def flush(self, namespace: bytes | None) -> dict[str, int]:
         """Remove the blobs of one namespace, or all, from memory and disk: how many, by tier. Fetches under
-        way end with nothing. Raises FlushFailed if something is left."""
+        way end with nothing. Raises NotFlushed if something is left."""
         with self._lock:
             self._generation += 1
             for fetch in self._fetches:
@@ -134,7 +134,7 @@ class TierStore:
         if self._disk is not None:
             removed["disk"], errors = self._disk.flush(namespace)
             if errors:
-                raise FlushFailed(
+                raise NotFlushed(
                     f"{len(errors)} files of the disk cache could not be removed ({removed['disk']} were); "
                     f"the first: {errors[0]}; make the directory writable, then flush again"
                 )

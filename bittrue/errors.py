@@ -12,7 +12,10 @@ BittrueError
 ├── Draining                  the server is shutting down                   -> HTTP 503
 ├── KVCorrupted               cached rows are not what was stored           -> HTTP 500, exit 4
 ├── HttpRefused               key, path, method, time or size of a request  -> HTTP 401, 404, 405, 408, 413
-└── EngineDied                the engine process cannot be kept alive       -> HTTP 500
+├── RequestFailed             the engine could not finish this request      -> HTTP 500
+│   └── PoisonRequest         the engine process dies of this request       -> HTTP 500, do not retry
+├── NotFlushed                cached prefixes may still be there            -> HTTP 500
+└── EngineDied                there is no engine process                    -> HTTP 503
 """
 
 
@@ -117,9 +120,29 @@ class HttpRefused(BittrueError):
         self.param = param
 
 
-class EngineDied(BittrueError):
-    """The engine process ended and could not be restarted."""
+class RequestFailed(BittrueError):
+    """The engine could not finish this request; others go on."""
 
+    code = "request_failed"
+
+
+class PoisonRequest(RequestFailed):
+    """The engine process died each time it ran this request, at the end of this one alone. Not to be sent
+    again."""
+
+    code = "poison_request"
+
+
+class NotFlushed(BittrueError):
+    """Cached prefixes were not dropped, or not all; what is cached may still be used."""
+
+    code = "not_flushed"
+
+
+class EngineDied(BittrueError):
+    """There is no engine process: it ended and could not be restarted, or not yet."""
+
+    status = 503
     code = "engine_died"
 
 

@@ -18,6 +18,8 @@ from bittrue.engine.outbox import Outbox
 from bittrue.engine.types import Abort, EngineStats, MemoryReport, Request, TokenEvent
 from bittrue.engine.wire import (
     HEADER_BYTES,
+    Flush,
+    Flushed,
     FromEngine,
     Hello,
     Ping,
@@ -48,7 +50,8 @@ class ServedEngine(Protocol):
     """What the process needs of an engine (engine.Engine is one).
 
     Events of a request with ``resume`` hold only the tokens after those. ``has_work()``: ``step()`` gets on.
-    ``verified``: identity of the checkpoint's files, found sound.
+    ``verified``: identity of the checkpoint's files, found sound. ``flush()`` drops every cached prefix and
+    says how much, by kind; BittrueError when something stayed.
     """
 
     @property
@@ -61,6 +64,7 @@ class ServedEngine(Protocol):
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[TokenEvent]: ...
     def has_work(self) -> bool: ...
+    def flush(self) -> dict[str, int]: ...
     def stats(self) -> EngineStats: ...
     def memory(self) -> MemoryReport: ...
     def fingerprint(self) -> dict[str, Any]: ...
@@ -197,9 +201,18 @@ def _take_in(
                 engine.abort(message.request_id)
             case Ping():
                 send(Pong(ping_id=message.ping_id, stats=engine.stats()))
+            case Flush():
+                send(_flushed(engine, message.flush_id))
             case Shutdown():
                 return False
             case Hello():
                 raise AssertionError("a second Hello")
         if inbox.empty():
             return True
+
+
+def _flushed(engine: ServedEngine, flush_id: int) -> Flushed:
+    try:
+        return Flushed(flush_id=flush_id, dropped=engine.flush())
+    except BittrueError as error:
+        return Flushed(flush_id=flush_id, error=str(error))

@@ -14,10 +14,14 @@ import msgspec
 
 from bittrue.config.run import RunConfig
 from bittrue.engine.journal import Journal
+from bittrue.engine.journal_records import Origin
 from bittrue.engine.launch import EngineProcess
+from bittrue.engine.probation import Probation
 from bittrue.engine.types import Abort, EngineStats, Request, TokenEvent
 from bittrue.engine.wire import (
     HEADER_BYTES,
+    Flush,
+    Flushed,
     FromEngine,
     Ping,
     Pong,
@@ -31,16 +35,23 @@ from bittrue.engine.wire import (
     error_of,
     frame,
 )
-from bittrue.errors import BittrueError, EngineDied, InvalidRequest, QueueFull
+from bittrue.errors import (
+    BittrueError,
+    EngineDied,
+    InvalidRequest,
+    NotFlushed,
+    PoisonRequest,
+    QueueFull,
+    RequestFailed,
+)
 from bittrue.obs.log import Log
 from bittrue.obs.metrics import Metrics
 from bittrue.obs.prefill import PrefillLog
 
 _BACKOFF_S = (0.0, 0.2, 0.5, 1.0, 2.0, 5.0)
-# A request that was there at three engine deaths in a row without a token is given up.
-_MAX_FRUITLESS_RESTARTS = 2
 _READ_BUFFER = 1 << 20  # bytes; a step's frame should never wait for the stream to resume
 _CLOSE_TIMEOUT_S = 10.0
+_HOUSE_S = 2.0  # how often what has expired is let go
 
 
 class EventChannel:
@@ -49,14 +60,16 @@ class EventChannel:
     Leaving the ``with`` block aborts the sequences that have not finished.
     """
 
-    __slots__ = ("_client", "_events", "_failure", "_waiter", "unfinished")
+    __slots__ = ("_client", "_events", "_failure", "_has_restarted", "_waiter", "is_open", "unfinished")
 
     def __init__(self, client: "EngineClient", request_ids: Sequence[str]) -> None:
         self._client = client
         self._events: deque[TokenEvent] = deque()
         self._failure: BittrueError | None = None
+        self._has_restarted = False
         self._waiter: asyncio.Future[None] | None = None
         self.unfinished = set(request_ids)
+        self.is_open = False  # whoever reads can tell of a restart before the next event
 
     def __enter__(self) -> Self:
         return self
@@ -75,7 +88,8 @@ class EventChannel:
         return sum(p.num_done for p in running), sum(p.num_total for p in running)
 
     async def next_events(self, timeout_s: float | None = None) -> list[TokenEvent]:
-        """Every event that has arrived, waiting for at least one; empty after ``timeout_s`` of silence.
+        """Every event that has arrived, waiting for at least one; empty after ``timeout_s`` of silence, and
+        after a restart of the engine where the channel is open.
 
         Raises the BittrueError that ended a sequence: the other sequences of the request are then aborted.
         """
@@ -105,6 +119,16 @@ class EventChannel:
     def fail(self, error: BittrueError) -> None:
         self._failure = error
         self._wake()
+
+    def note_restart(self) -> None:
+        self._has_restarted = True
+        if self.is_open:
+            self._wake()
+
+    def take_restart(self) -> bool:
+        """Whether the engine was restarted since the last time."""
+        has_restarted, self._has_restarted = self._has_restarted, False
+        return has_restarted
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -152,20 +176,32 @@ class EngineClient:
     log: Log
     metrics: Metrics
     on_dead: Callable[[EngineDied], None] = lambda error: None
-    journal: Journal = field(init=False, default_factory=Journal)
+    journal: Journal = field(init=False)
     stats: EngineStats = field(init=False, default_factory=EngineStats)
     _ready: Ready | None = field(init=False, default=None)
     _link: _Link | None = field(init=False, default=None)
     _dead: EngineDied | None = field(init=False, default=None)
     _is_closing: bool = field(init=False, default=False)
     _num_fruitless_restarts: int = field(init=False, default=0)
+    _num_poisons: int = field(init=False, default=0)  # given up since the last token
+    _probation: Probation = field(init=False, default_factory=Probation)
     _subscribers: dict[str, _Subscriber] = field(init=False, default_factory=dict)
     _pings: dict[int, asyncio.Future[EngineStats]] = field(init=False, default_factory=dict)
-    _ping_ids: "itertools.count[int]" = field(init=False, default_factory=itertools.count)
+    _leaving: dict[int, str] = field(init=False, default_factory=dict)  # ping id -> aborted before it
+    _flushes: dict[int, asyncio.Future[Flushed]] = field(init=False, default_factory=dict)
+    _ids: "itertools.count[int]" = field(init=False, default_factory=itertools.count)  # of pings, flushes
     _prefill_log: PrefillLog = field(init=False)
     _supervision: asyncio.Task[None] | None = field(init=False, default=None)
+    _housekeeping: asyncio.Task[None] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        """Raises ConfigError for a journal_dir that cannot be used."""
+        self.journal = Journal(
+            directory=self.config.journal_dir,
+            keep_s=self.config.keep_responses_s,
+            log=self.log,
+            metrics=self.metrics,
+        )
         self._prefill_log = PrefillLog(self.log)
 
     # ---- what the server calls ----
@@ -173,7 +209,9 @@ class EngineClient:
     async def start(self, process: EngineProcess) -> Ready:
         """Waits until ``process`` has built its engine. Raises the BittrueError in its way."""
         self._ready = await self._adopt(process)
+        self._give(self._probation.started())
         self._supervision = asyncio.create_task(self._supervise(), name="engine supervision")
+        self._housekeeping = asyncio.create_task(self._keep_house(), name="journal housekeeping")
         return self._ready
 
     @property
@@ -186,13 +224,18 @@ class EngineClient:
         return self._link is not None
 
     @property
+    def dead(self) -> EngineDied | None:
+        """Why there will be no engine any more; None while there is one or will be."""
+        return self._dead
+
+    @property
     def pid(self) -> int | None:
         """Process id of the engine; None while there is none."""
         return None if self._link is None else self._link.process.pid
 
-    def open(self, requests: Sequence[Request]) -> EventChannel:
-        """Submits sequences, all or none. Raises QueueFull, InvalidRequest for more than ever fit,
-        EngineDied when there is no engine."""
+    def open(self, requests: Sequence[Request], origin: Origin | None = None) -> EventChannel:
+        """Submits the sequences of one response, all or none. Raises QueueFull, InvalidRequest for more than
+        ever fit, EngineDied when there is no engine."""
         if self._dead is not None:
             raise self._dead
         limit = self.config.max_running + self.config.max_queue
@@ -209,10 +252,10 @@ class EngineClient:
             )
         channel = EventChannel(self, [request.request_id for request in requests])
         now_s = time.perf_counter()
+        self.journal.open(requests, origin)
         for request in requests:
-            self.journal.open(request)
             self._subscribers[request.request_id] = _Subscriber(channel, now_s)
-            self._send(request)
+            self._give(self._probation.submit(request.request_id))
         self._note_unfinished()
         return channel
 
@@ -220,26 +263,49 @@ class EngineClient:
         """Ends a sequence nobody listens to any more; unknown ids are ignored."""
         if self.journal.close(request_id):
             self._drop(request_id, "abort")
-            self._send(Abort(request_id=request_id))
+            self._take_back(request_id)
 
     def fail_all(self, error: BittrueError) -> None:
         """Ends every unfinished sequence with ``error``."""
         for entry in self.journal:
-            self._fail(entry.request.request_id, error)
-            self._send(Abort(request_id=entry.request.request_id))
+            request_id = entry.request.request_id
+            if self.journal.close(request_id):
+                self._drop(request_id, "error").channel.fail(error)
+                self._take_back(request_id)
 
     async def fresh_stats(self) -> EngineStats:
         """Numbers from after all that was submitted so far; the last known ones while the engine is down."""
         if self._link is None:
             return self.stats
-        ping_id = next(self._ping_ids)
+        ping_id = next(self._ids)
         self._pings[ping_id] = asyncio.get_running_loop().create_future()
         self._send(Ping(ping_id=ping_id))
         return await self._pings[ping_id]
 
+    async def flush(self) -> Flushed:
+        """Drops every cached prefix on all tiers. Raises NotFlushed when something stayed, EngineDied when
+        there is no engine to say so."""
+        if self._link is None:
+            raise self._dead or EngineDied("the engine process is being restarted; flush again once it is up")
+        flush_id = next(self._ids)
+        waiting = self._flushes[flush_id] = asyncio.get_running_loop().create_future()
+        self._send(Flush(flush_id=flush_id))
+        flushed: Flushed = await waiting
+        if flushed.error is not None:
+            raise NotFlushed(flushed.error)
+        return flushed
+
     async def close(self) -> None:
         """Ends the engine process: asked first, killed after ten seconds."""
         self._is_closing = True
+        if self._housekeeping is not None:
+            self._housekeeping.cancel()
+        try:
+            await self._end_process()
+        finally:
+            self.journal.shut()
+
+    async def _end_process(self) -> None:
         if self._supervision is None or self._link is None:
             if self._supervision is not None:
                 self._supervision.cancel()
@@ -290,14 +356,16 @@ class EngineClient:
             link = self._link
             await self._dispatch(link)
             self._link = None
+            self._probation.cut()
             self.stats = msgspec.structs.replace(self.stats, prefills=())
             self._prefill_log.forget_all()
             link.close()
             code = await link.process.wait()
-            self._settle_pings()
+            self._settle_calls()
             if self._is_closing:
                 return
             self.log.error("engine_died", pid=link.process.pid, code=code, unfinished=len(self.journal))
+            self._blame(code)
             try:
                 await self._restart(link.process)
             except EngineDied as error:
@@ -306,11 +374,11 @@ class EngineClient:
 
     async def _restart(self, last: EngineProcess) -> None:
         """A new process that goes on with the journal. EngineDied after too many deaths without a token."""
-        self._fail_repeat_offenders()
         while not self._is_closing:
             if self._num_fruitless_restarts >= self.config.max_restarts:
                 raise EngineDied(
-                    f"the engine process died {self._num_fruitless_restarts + 1} times without a token"
+                    f"the engine process died {self._num_fruitless_restarts + 1} times without a token, "
+                    "and is not started again; its output says why"
                 )
             await asyncio.sleep(_BACKOFF_S[min(self._num_fruitless_restarts, len(_BACKOFF_S) - 1)])
             self._num_fruitless_restarts += 1
@@ -325,22 +393,30 @@ class EngineClient:
                     "the restarted engine differs from the one that began the streams (a new checkpoint?); "
                     "start the server again"
                 )
-            for request in self.journal.resumed():
-                self._send(request)
-            self.log.info("engine_restarted", resumed=len(self.journal))
+            self._give(self._probation.started())
+            for channel in {id(s.channel): s.channel for s in self._subscribers.values()}.values():
+                channel.note_restart()
+            self.log.info("engine_restarted", unfinished=len(self.journal))
             return
 
-    def _fail_repeat_offenders(self) -> None:
-        for entry in self.journal:
-            entry.num_fruitless_restarts += 1
-            if entry.num_fruitless_restarts > _MAX_FRUITLESS_RESTARTS:
-                deaths = entry.num_fruitless_restarts
-                self._fail(
-                    entry.request.request_id,
-                    EngineDied(
-                        f"the engine process died {deaths} times while it ran this request; it was given up"
-                    ),
-                )
+    def _blame(self, exit_code: int) -> None:
+        """Ends the request the engine died of, if that is known now."""
+        request_id = self._probation.died(exit_code)
+        if request_id is None:
+            return
+        self.log.error("request_given_up", id=request_id, code=exit_code)
+        self.metrics.count("bittrue_poison_requests")
+        self._fail(
+            request_id,
+            PoisonRequest(
+                f"the engine process died each time it ran this request, the last time of nothing else "
+                f"(exit code {exit_code}); it was given up, do not send it again"
+            ),
+        )
+        self._num_poisons += 1
+        # An engine that dies of everything looks the same: then the restarts count.
+        if self._num_poisons <= self.config.max_restarts:
+            self._num_fruitless_restarts = 0
 
     def _give_up(self, error: EngineDied) -> None:
         self._dead = error
@@ -364,11 +440,21 @@ class EngineClient:
                     self._fail(request_id, error_of(message))
                 case Pong():
                     self.stats = message.stats
-                    waiting = self._pings.pop(message.ping_id, None)
-                    if waiting is not None and not waiting.done():
-                        waiting.set_result(message.stats)
+                    self._answer_ping(message)
+                case Flushed():
+                    flushing = self._flushes.pop(message.flush_id, None)
+                    if flushing is not None and not flushing.done():
+                        flushing.set_result(message)
                 case _:
                     self.log.error("engine_message_unexpected", kind=type(message).__name__)
+
+    def _answer_ping(self, pong: Pong) -> None:
+        left = self._leaving.pop(pong.ping_id, None)
+        if left is not None:
+            self._probation.left(left)
+        waiting = self._pings.pop(pong.ping_id, None)
+        if waiting is not None and not waiting.done():
+            waiting.set_result(pong.stats)
 
     def _take_step(self, step: StepDone) -> None:
         self.stats = step.stats
@@ -378,21 +464,26 @@ class EngineClient:
                 self._prefill_log.note(prefill.request_id, prefill.num_done, prefill.num_total, now_s)
         for event in step.events:
             self._deliver(event, now_s)
+        # Those who wait for the events run after this: what they tell a client is written before.
+        self.journal.flush()
 
     def _deliver(self, event: TokenEvent, now_s: float) -> None:
         seen = self.journal.record(event)
         if seen is None:
             return
         if seen.finish_reason == "error":
-            self.journal.close(seen.request_id)
-            error = EngineDied(f"the engine could not finish this sequence: {seen.error}")
+            error = RequestFailed(f"the engine could not finish this sequence: {seen.error}")
             self._drop(seen.request_id, "error").channel.fail(error)
+            self._give(self._probation.ended(seen.request_id))
             return
         subscriber = self._subscribers[seen.request_id]
         self._observe(subscriber, seen, now_s)
         if seen.finish_reason is not None:
             self._drop(seen.request_id, seen.finish_reason)
             self.metrics.observe("bittrue_request_seconds", now_s - subscriber.opened_s)
+            self._give(self._probation.ended(seen.request_id))
+        elif seen.token_ids:
+            self._give(self._probation.lives(seen.request_id))
         subscriber.channel.put(seen)
 
     def _observe(self, subscriber: _Subscriber, event: TokenEvent, now_s: float) -> None:
@@ -411,11 +502,13 @@ class EngineClient:
             metrics.observe("bittrue_inter_token_seconds", (now_s - subscriber.last_token_s) / num_tokens)
         metrics.count("bittrue_generated_tokens", num_tokens)
         subscriber.last_token_s = now_s
-        self._num_fruitless_restarts = 0
+        self._num_fruitless_restarts = self._num_poisons = 0
 
     def _fail(self, request_id: str, error: BittrueError) -> None:
+        """The engine has let go of it, or died of it."""
         if self.journal.close(request_id):
             self._drop(request_id, "error").channel.fail(error)
+            self._give(self._probation.ended(request_id))
 
     def _drop(self, request_id: str, finish_reason: str) -> _Subscriber:
         self.metrics.count("bittrue_sequences", finish_reason=finish_reason)
@@ -426,14 +519,40 @@ class EngineClient:
     def _note_unfinished(self) -> None:
         self.metrics.set("bittrue_unfinished_sequences", len(self.journal))
 
-    def _settle_pings(self) -> None:
+    def _settle_calls(self) -> None:
+        """The process has gone: nobody else will answer."""
         for waiting in self._pings.values():
             if not waiting.done():
                 waiting.set_result(self.stats)
+        for flushing in self._flushes.values():
+            if not flushing.done():
+                message = "the engine process ended before it had flushed; flush again once it is up"
+                flushing.set_exception(EngineDied(message))
         self._pings.clear()
+        self._flushes.clear()
+        self._leaving.clear()
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(_HOUSE_S)
+            self.journal.keep_house()
+
+    def _give(self, request_ids: Sequence[str]) -> None:
+        """Hands sequences to the engine, with what they have so far."""
+        for request_id in request_ids:
+            self._send(self.journal[request_id].resumed())
+
+    def _take_back(self, request_id: str) -> None:
+        """Ends a sequence in the engine; until the pong it may still run there."""
+        self._give(self._probation.aborted(request_id))
+        if self._link is not None:
+            ping_id = next(self._ids)
+            self._leaving[ping_id] = request_id
+            self._send(Abort(request_id=request_id))
+            self._send(Ping(ping_id=ping_id))
 
     def _send(self, message: ToEngine) -> None:
-        """While there is no process nothing is sent: the next one gets the whole journal."""
+        """While there is no process nothing is sent."""
         if self._link is not None:
             with contextlib.suppress(ConnectionError):
                 self._link.write(message)

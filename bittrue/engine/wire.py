@@ -26,6 +26,12 @@ class Ping(msgspec.Struct, frozen=True, kw_only=True, tag="ping"):
     ping_id: int
 
 
+class Flush(msgspec.Struct, frozen=True, kw_only=True, tag="flush"):
+    """Asks the engine to drop every cached prefix, on all tiers; answered by Flushed."""
+
+    flush_id: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
     """Close the engine and exit 0."""
 
@@ -65,8 +71,19 @@ class Pong(msgspec.Struct, frozen=True, kw_only=True, tag="pong"):
     stats: EngineStats
 
 
-ToEngine = Hello | Request | Abort | Ping | Shutdown
-FromEngine = Ready | Refused | StepDone | Pong
+class Flushed(msgspec.Struct, frozen=True, kw_only=True, tag="flushed"):
+    """What a Flush dropped: ``pages`` and ``snapshots`` of the device, blobs of each other tier by its name.
+
+    ``error``: why something stayed; None = nothing did.
+    """
+
+    flush_id: int
+    dropped: dict[str, int] = {}
+    error: str | None = None
+
+
+ToEngine = Hello | Request | Abort | Ping | Flush | Shutdown
+FromEngine = Ready | Refused | StepDone | Pong | Flushed
 
 
 def _plain(value: object) -> object:

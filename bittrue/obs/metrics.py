@@ -47,8 +47,38 @@ METRICS = (
     MetricSpec("bittrue_preempted", "counter", "Sequences preempted because memory ran out."),
     MetricSpec("bittrue_engine_steps", "counter", "Engine steps."),
     MetricSpec("bittrue_engine_restarts", "counter", "Restarts of the engine process."),
-    MetricSpec("bittrue_pages", "gauge", "KV pages: free, held, total (free + held = total).", ("state",)),
-    MetricSpec("bittrue_state_slots", "gauge", "State slots: free, held, total.", ("state",)),
+    MetricSpec("bittrue_engine_up", "gauge", "1 while there is an engine process, 0 while there is none."),
+    MetricSpec("bittrue_poison_requests", "counter", "Requests given up because the engine died of them."),
+    MetricSpec("bittrue_kept_responses", "gauge", "Ended responses that can be fetched again."),
+    MetricSpec("bittrue_kept_response_bytes", "gauge", "Bytes of their bodies."),
+    MetricSpec("bittrue_journal_bytes", "gauge", "Bytes of the segments in journal_dir."),
+    MetricSpec("bittrue_journal_errors", "counter", "Times the journal could not be written."),
+    MetricSpec("bittrue_cache_lookup_tokens", "counter", "Known tokens of sequences when admitted."),
+    MetricSpec(
+        "bittrue_cache_hit_tokens",
+        "counter",
+        "Of them, those not computed again, by where the state was: device, host, disk, or replay.",
+        ("tier",),
+    ),
+    MetricSpec(
+        "bittrue_cache_replayed_tokens", "counter", "Tokens replayed against stored rows to rebuild a state."
+    ),
+    MetricSpec("bittrue_cache_evicted_pages", "counter", "Cached pages evicted from the device."),
+    MetricSpec("bittrue_cache_evicted_snapshots", "counter", "Snapshots evicted from the device."),
+    MetricSpec("bittrue_cache_tier_bytes", "gauge", "Bytes of cached prefixes, by tier.", ("tier",)),
+    MetricSpec(
+        "bittrue_cache_tier_events",
+        "counter",
+        "What host and disk did: saved, hit, evicted, corrupt and so on.",
+        ("tier", "event"),
+    ),
+    MetricSpec("bittrue_drafted", "counter", "Draft tokens, by place in their step (1 = first).", ("place",)),
+    MetricSpec("bittrue_draft_accepted", "counter", "Draft tokens that became output, by place.", ("place",)),
+    MetricSpec("bittrue_canary_faults", "counter", "Reads of cached content that failed their check."),
+    MetricSpec("bittrue_pages", "gauge", "KV pages; free + held + cached = total.", ("state",)),
+    MetricSpec(
+        "bittrue_state_slots", "gauge", "State slots, likewise; cached ones are snapshots.", ("state",)
+    ),
     MetricSpec(
         "bittrue_memory_bytes", "gauge", "The engine's memory ledger: what it may come to hold.", ("kind",)
     ),
@@ -68,6 +98,34 @@ class PrefillNumbers(Protocol):
     def num_done(self) -> int: ...
     @property
     def num_total(self) -> int: ...
+
+
+class CacheNumbers(Protocol):
+    """The fields of engine.types.CacheCounters."""
+
+    @property
+    def lookup_tokens(self) -> int: ...
+    @property
+    def hit_tokens(self) -> Mapping[str, int]: ...
+    @property
+    def replayed_tokens(self) -> int: ...
+    @property
+    def evicted_pages(self) -> int: ...
+    @property
+    def evicted_snapshots(self) -> int: ...
+    @property
+    def tier_bytes(self) -> Mapping[str, int]: ...
+    @property
+    def tier_events(self) -> Mapping[str, int]: ...
+
+
+class DraftNumbers(Protocol):
+    """The fields of engine.types.DraftCounters."""
+
+    @property
+    def drafted_at(self) -> Sequence[int]: ...
+    @property
+    def accepted_at(self) -> Sequence[int]: ...
 
 
 class EngineNumbers(Protocol):
@@ -92,11 +150,21 @@ class EngineNumbers(Protocol):
     @property
     def pages_held(self) -> int: ...
     @property
+    def pages_cached(self) -> int: ...
+    @property
     def slots_total(self) -> int: ...
     @property
     def slots_free(self) -> int: ...
     @property
     def slots_held(self) -> int: ...
+    @property
+    def slots_cached(self) -> int: ...
+    @property
+    def num_canary_faults_total(self) -> int: ...
+    @property
+    def cache(self) -> CacheNumbers: ...
+    @property
+    def drafts(self) -> DraftNumbers: ...
 
 
 @dataclass(slots=True)
@@ -107,7 +175,7 @@ class Metrics:
     counters: dict[str, Counter] = field(init=False, default_factory=dict)
     gauges: dict[str, Gauge] = field(init=False, default_factory=dict)
     histograms: dict[str, Histogram] = field(init=False, default_factory=dict)
-    _last_totals: dict[str, int] = field(init=False, default_factory=dict)
+    _last_totals: dict[tuple[str, ...], int] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         for spec in METRICS:
@@ -138,6 +206,7 @@ class Metrics:
         for state, pages, slots in (
             ("free", stats.pages_free, stats.slots_free),
             ("held", stats.pages_held, stats.slots_held),
+            ("cached", stats.pages_cached, stats.slots_cached),
             ("total", stats.pages_total, stats.slots_total),
         ):
             self.set("bittrue_pages", pages, state=state)
@@ -148,6 +217,27 @@ class Metrics:
         self._add_total("bittrue_prefill_tokens", stats.num_prefill_tokens_total)
         self._add_total("bittrue_preempted", stats.num_preempted_total)
         self._add_total("bittrue_engine_steps", stats.num_steps_total)
+        self._add_total("bittrue_canary_faults", stats.num_canary_faults_total)
+        self._update_cache(stats.cache)
+        for name, totals in (
+            ("bittrue_drafted", stats.drafts.drafted_at),
+            ("bittrue_draft_accepted", stats.drafts.accepted_at),
+        ):
+            for place, total in enumerate(totals, start=1):
+                self._add_total(name, total, place=str(place))
+
+    def _update_cache(self, cache: CacheNumbers) -> None:
+        for tier, num_bytes in cache.tier_bytes.items():
+            self.set("bittrue_cache_tier_bytes", num_bytes, tier=tier)
+        self._add_total("bittrue_cache_lookup_tokens", cache.lookup_tokens)
+        self._add_total("bittrue_cache_replayed_tokens", cache.replayed_tokens)
+        self._add_total("bittrue_cache_evicted_pages", cache.evicted_pages)
+        self._add_total("bittrue_cache_evicted_snapshots", cache.evicted_snapshots)
+        for tier, total in cache.hit_tokens.items():
+            self._add_total("bittrue_cache_hit_tokens", total, tier=tier)
+        for name, total in cache.tier_events.items():
+            tier, _, event = name.partition(".")
+            self._add_total("bittrue_cache_tier_events", total, tier=tier, event=event)
 
     def update_memory(self, ledger: Mapping[str, int], now: Mapping[str, Resident | None]) -> None:
         """Takes over the engine's ledger, and what is resident by process: nothing of one that has gone."""
@@ -160,10 +250,11 @@ class Metrics:
             ):
                 self.set("bittrue_resident_bytes", num_bytes, process=process, pages=pages)
 
-    def _add_total(self, name: str, total: int) -> None:
-        last = self._last_totals.get(name, 0)
-        self.count(name, total - last if total >= last else total)
-        self._last_totals[name] = total
+    def _add_total(self, name: str, total: int, **labels: str) -> None:
+        key = (name, *labels.values())
+        last = self._last_totals.get(key, 0)
+        self.count(name, total - last if total >= last else total, **labels)
+        self._last_totals[key] = total
 
     def exposition(self) -> bytes:
         """The Prometheus text format."""

@@ -15,6 +15,8 @@ from bittrue.engine.types import (
 )
 from bittrue.engine.wire import (
     HEADER_BYTES,
+    Flush,
+    Flushed,
     Hello,
     Ping,
     Pong,
@@ -33,9 +35,10 @@ from bittrue.engine.wire import (
 PARAMS = SamplingParams(stop=("a", "b"), logit_bias={5: 1.5}, grammar_after=(3, 4), logprobs=2)
 TO_ENGINE = [
     Hello(factory="a:b", run_config="{}", verified="ab12"),
-    Request(request_id="r", prompt=(1, 2), params=PARAMS, resume=(3,), priority=-1),
+    Request(request_id="r", prompt=(1, 2), params=PARAMS, resume=(3,), priority=-1, cache_salt="s"),
     Abort(request_id="r"),
     Ping(ping_id=4),
+    Flush(flush_id=6),
     Shutdown(),
 ]
 FROM_ENGINE = [
@@ -61,6 +64,7 @@ FROM_ENGINE = [
         stats=EngineStats(prefills=(PrefillProgress("r", 3, 2**20),)),
     ),
     Pong(ping_id=4, stats=EngineStats(num_running=1)),
+    Flushed(flush_id=6, dropped={"pages": 3, "disk": 2**40}, error="a page is held"),
     Refused(request_id=None, kind="ConfigError", message="m", fields={"field": "port"}),
 ]
 
@@ -100,6 +104,10 @@ MADE = [
     errors.QueueFull("full", retry_after_s=7),
     errors.Draining("closing"),
     errors.HttpRefused("too large", status=413, code="body_too_large"),
+    errors.KVCorrupted("a row is not what was stored"),
+    errors.RequestFailed("no token fits"),
+    errors.PoisonRequest("died of it"),
+    errors.NotFlushed("a page is held"),
     errors.EngineDied("died"),
 ]
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from bittrue.config.run import RunConfig
 from bittrue.engine.types import (
+    CacheCounters,
+    DraftCounters,
     EngineStats,
     FinishReason,
     MemoryReport,
@@ -19,7 +21,7 @@ from bittrue.engine.types import (
     TokenEvent,
     TokenLogprob,
 )
-from bittrue.errors import CheckpointError, PromptTooLong, QueueFull
+from bittrue.errors import CheckpointError, NotFlushed, PromptTooLong, QueueFull
 from bittrue.text.detokenize import Detokenizer
 from bittrue.text.stop import StopMatcher
 from bittrue.text.tokenizer import Tokenizer
@@ -33,6 +35,16 @@ class Reply:
 
     key: list[int]
     reply: list[int]
+
+
+@dataclass(frozen=True)
+class Poison:
+    """A prompt that contains ``token`` kills the process when its ``at``-th token would be drawn: by
+    ``signal``, or with exit code 70."""
+
+    token: int
+    at: int = 0
+    signal: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,10 @@ class StandinOptions:
     crash_on: list[int] = field(
         default_factory=list
     )  # a prompt with this token kills the process at its first step
+    poisons: list[Poison] = field(default_factory=list)
+    num_cached: int = 0  # tokens of every prompt that are said to come from the cache
+    num_drafted: int = 0  # drafts per token, the first of which is said to be accepted
+    flush_error: str = ""  # what a flush fails with
     broken_file: str = ""  # start-up fails with a CheckpointError that names it
 
     def save(self, directory: Path) -> None:
@@ -66,6 +82,7 @@ class _Live:
     pages: int = 0
     has_reported_prompt: bool = False
     num_computed: int = 0
+    num_drawn: int = 0  # by this process
 
 
 class NgramEngine:
@@ -81,7 +98,9 @@ class NgramEngine:
     ) -> None:
         stored = json.loads((Path(model_dir) / "standin.json").read_text())
         stored["replies"] = [Reply(**reply) for reply in stored["replies"]]
+        stored["poisons"] = [Poison(**poison) for poison in stored["poisons"]]
         self.config = StandinOptions(**stored)
+        self._given = Path(model_dir) / "given.txt"
         if self.config.broken_file:
             raise CheckpointError(
                 f"{self.config.broken_file}: tensor layers.0.attn.wq_a.weight holds a NaN",
@@ -98,6 +117,7 @@ class NgramEngine:
         self._waiting: list[_Live] = []
         self._running: list[_Live] = []
         self._num_steps = 0
+        self._num_lookup = self._num_hit = self._num_drawn = 0
 
     def add(self, request: Request) -> None:
         if len(request.prompt) >= self.max_context:
@@ -109,6 +129,10 @@ class NgramEngine:
         for token in request.resume:
             assert self._append(live, token)[0] is None
         self._waiting.append(live)
+        self._num_lookup += len(request.prompt)
+        self._num_hit += self._cached(request)
+        with self._given.open("a") as given:
+            given.write(f"{request.request_id} {request.priority} {request.cache_salt}\n")
 
     def abort(self, request_id: str) -> None:
         self._waiting = [live for live in self._waiting if live.request.request_id != request_id]
@@ -144,12 +168,30 @@ class NgramEngine:
             slots_free=self._max_running - len(self._running),
             slots_held=len(self._running),
             weight_version="standin-1",
+            cache=CacheCounters(
+                lookup_tokens=self._num_lookup,
+                hit_tokens={"device": self._num_hit},
+                tier_bytes={"host": 5000, "disk": 6000},
+                tier_events={"disk.hit": 2},
+            ),
+            drafts=DraftCounters(
+                drafted_at=(self._num_drawn,) * self.config.num_drafted,
+                accepted_at=(self._num_drawn, *(0,) * self.config.num_drafted)[: self.config.num_drafted],
+            ),
             prefills=tuple(
                 PrefillProgress(live.request.request_id, live.num_computed, len(live.request.prompt))
                 for live in self._running
                 if live.num_computed < len(live.request.prompt)
             ),
         )
+
+    def flush(self) -> dict[str, int]:
+        if self.config.flush_error:
+            raise NotFlushed(self.config.flush_error)
+        return {"pages": 3, "snapshots": 1, "host": 4, "disk": 5}
+
+    def _cached(self, request: Request) -> int:
+        return min(self.config.num_cached, len(request.prompt) - 1)
 
     def _is_prefilled(self, live: _Live) -> bool:
         """Whether the step that now runs reaches the end of the prompt."""
@@ -172,13 +214,20 @@ class NgramEngine:
     def _advance(self, live: _Live) -> TokenEvent:
         request = live.request
         if any(token in request.prompt for token in self.config.crash_on):
-            os._exit(9)
+            os._exit(70)
+        for poison in self.config.poisons:
+            if poison.token in request.prompt and len(live.generated) == poison.at:
+                if poison.signal:
+                    os.kill(os.getpid(), poison.signal)
+                os._exit(70)
         tokens: tuple[int, ...] = ()
         reason: FinishReason | None = "length"
         match: str | int | None = None
         if request.params.max_tokens > 0:
             tokens = (self._next(live),)
             reason, match = self._append(live, tokens[0])
+            live.num_drawn += 1
+            self._num_drawn += 1
         is_first, live.has_reported_prompt = not live.has_reported_prompt, True
         num_top, num_prompt_top = request.params.logprobs, request.params.prompt_logprobs
         prompt_logprobs = None
@@ -193,7 +242,9 @@ class NgramEngine:
             finish_reason=reason,
             stop_match=match,
             num_prompt_tokens=len(request.prompt),
-            num_cached_tokens=0,
+            num_cached_tokens=self._cached(request),
+            num_drafted=live.num_drawn * self.config.num_drafted,
+            num_accepted=live.num_drawn if self.config.num_drafted else 0,
         )
 
     def _next(self, live: _Live) -> int:

@@ -20,8 +20,9 @@ from bittrue.kv.manager import CachePolicy
 from bittrue.kv.offload import OffloadFile, RowStore
 from bittrue.kv.pool import KVPool, allocate, plain_memory
 from bittrue.kv.tiers import TierStore
-from bittrue.model.build import TensorSource, build_parameters
+from bittrue.model.build import TensorSource, build_mtp, build_parameters
 from bittrue.model.deepseek_v4 import DeepseekV4
+from bittrue.model.mtp import Mtp
 from bittrue.model.weights import Checkpoint, load_checkpoint, weight, weight_version
 from bittrue.obs.log import Log
 from bittrue.ops.contracts import OpTable
@@ -160,7 +161,8 @@ def assemble(run: RunConfig, *, progress: Progress | None = None, verified: str 
 
 
 def max_snapshots(run: RunConfig, max_context: int) -> int:
-    """State slots of use beside those that run: ends of prompts and turns, and the grid of ``snapshot_every``."""
+    """State slots of use beside those that run: for ends of prompts and turns, and every ``snapshot_every``
+    tokens."""
     if not run.prefix_cache:
         return 0
     grid = run.max_running * max_context // run.snapshot_every if run.snapshot_every else 0
@@ -192,7 +194,14 @@ def proposer(run: RunConfig, checkpoint: Checkpoint, runner: Runner) -> Proposer
         case "ngram":
             return NgramProposer()
         case "mtp":
-            return MtpProposer(build_mtp(checkpoint, runner.model), runner.draft_caches[0])
+            if "mtp.0.e_proj.weight" not in checkpoint.draft_tensors:
+                raise ConfigError(
+                    f"speculation mtp needs the draft module mtp.0, and {run.model} has none; "
+                    "use --speculation ngram or off",
+                    field="speculation",
+                )
+            parameters = build_mtp(checkpoint.config, checkpoint_source(checkpoint))
+            return MtpProposer(Mtp(runner.model, parameters), runner.draft_caches[0])
 
 
 def numerics(run: RunConfig, config: ModelConfig) -> tuple[Level, ActDtype]:
@@ -218,7 +227,7 @@ def context_limit(run: RunConfig, config: ModelConfig) -> int:
 
 
 def checkpoint_source(checkpoint: Checkpoint) -> TensorSource:
-    return TensorSource(lambda name: checkpoint.tensors[name], lambda name: weight(checkpoint, name))
+    return TensorSource(checkpoint.tensor, lambda name: weight(checkpoint, name))
 
 
 def build_runner(

@@ -47,8 +47,8 @@ class Drafting:
     def after_step(
         self, streams: Tensor, live: Seq[Drafted], num_rows: int, begun_s: float
     ) -> list[tuple[str, tuple[int, ...]]]:
-        """Drafts for every sequence of ``live`` that decodes. ``begun_s``: ``time.perf_counter`` when the step
-        of ``num_rows`` rows began."""
+        """Drafts for every sequence of ``live`` that decodes. ``begun_s``: ``time.perf_counter`` when the
+        step of ``num_rows`` rows began."""
         if self._proposer is None:
             return []
         drafting_s = time.perf_counter()
@@ -88,8 +88,8 @@ class Drafting:
         return [(each.sequence.seq_id, d) for each, d in zip(live, proposed, strict=True) if d]
 
     def _input(self, each: Drafted, drafts: Seq[int]) -> SampleInput:
-        """What the target will be asked at that place, as far as it is known before: a grammar's mask only for
-        the first draft."""
+        """What the target will be asked at that place, as far as it is known before: a grammar's mask only
+        for the first draft."""
         output = each.output
         return SampleInput(
             params=output.request.params,

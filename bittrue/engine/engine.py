@@ -133,7 +133,7 @@ class Engine:
         self._move(self._kv.take_moves())
         dropped = {"pages": pages, "snapshots": snapshots}
         if self.parts.tiers is not None:
-            dropped |= self.parts.tiers.flush()
+            dropped |= self.parts.tiers.flush(None)
         return dropped
 
     @property

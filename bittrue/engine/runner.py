@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bittrue.engine.graphs import DecodeGraph
+from bittrue.engine.graphs import StepGraphs
 from bittrue.kv.layout import pages_for
-from bittrue.kv.ledger import GRAPH_SEQUENCES, LOGIT_ROWS
+from bittrue.kv.ledger import LOGIT_ROWS
 from bittrue.model.batch import Segment, build_batch
 from bittrue.model.deepseek_v4 import DeepseekV4
 from bittrue.obs.trace import OpTimes
@@ -22,29 +22,37 @@ class Runner:
     segments."""
 
     def __init__(self, model: DeepseekV4, caches: Sequence[LayerCache]) -> None:
+        """``caches``: of every layer of the model, then those of a draft module, which the runner only holds.
+
+        All have the slots of the same states."""
+        num_layers = model.config.num_layers
+        assert len(caches) >= num_layers, f"{len(caches)} caches for {num_layers} layers"
         self.model = model
-        self._capture = model.ops.capture
-        self._times: OpTimes | None = None
-        self.caches = list(caches)
+        self.caches = list(caches[:num_layers])
+        self.draft_caches = list(caches[num_layers:])
         self.num_slots = self.caches[0].window.shape[0]
         # None: a model of window layers alone, whose pages hold nothing.
         self.num_pages = next((c.rows.shape[0] for c in self.caches if c.rows is not None), None)
         # How many tokens of a step its sequence may take back.
         self.max_draft = self.caches[0].window.shape[1] - model.config.window
         self._checked: list[Sequence[int] | None] = [None] * self.num_slots  # pages found to exist
-        self._graphs: dict[int, DecodeGraph] = {}
-        self._decoded: tuple[Tensor, Tensor] | None = None  # streams and logits of the last step, if captured
+        is_captured = model.ops.capture is not None
+        self._graphs = StepGraphs(model, self.caches, self._most_pages()) if is_captured else None
+        # Streams and logits of the last step, if it was captured.
+        self._replayed: tuple[Tensor, Tensor] | None = None
+        self._times: OpTimes | None = None
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Advances every segment's sequence by its tokens. Returns the last streams [T, M, D], segments in
-        order; they last until the next step."""
+        order; they last until the next step, or the next replay of anything captured by the model's ops: a
+        draft module's too."""
         for segment in segments:
             self._check(segment)
-        if self._has_graph(segments):
-            self._decoded = self._graph(len(segments)).run(segments, self._times)
-            return self._decoded[0]
-        self._decoded = None
+        if self._graphs is not None and self._graphs.covers(segments):
+            self._replayed = self._graphs.run(segments, self._times)
+            return self._replayed[0]
+        self._replayed = None
         return self._traced_model().forward(build_batch(segments), self.caches)
 
     @contextlib.contextmanager
@@ -65,29 +73,20 @@ class Runner:
         return self._traced_model().logits(streams[list(rows)])
 
     def logits_by_block(self, streams: Tensor, rows: Sequence[int]) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """The same for many rows, a bounded block at a time; a block lasts until the next step."""
-        decoded = self._decoded
-        if decoded is not None and streams is decoded[0] and list(rows) == list(range(len(streams))):
-            yield rows, decoded[1]
+        """The same for many rows, a bounded block at a time; a block lasts as long as ``streams`` do."""
+        replayed = self._replayed
+        if replayed is not None and streams is replayed[0]:
+            # A captured step has the logits of all its rows.
+            yield rows, replayed[1] if list(rows) == list(range(len(streams))) else replayed[1][list(rows)]
             return
         for start in range(0, len(rows), LOGIT_ROWS):
             block = rows[start : start + LOGIT_ROWS]
             yield block, self.logits(streams, block)
 
-    def _has_graph(self, segments: Sequence[Segment]) -> bool:
-        if self._capture is None or not 0 < len(segments) <= GRAPH_SEQUENCES:
-            return False
-        return all(len(segment.token_ids) == 1 for segment in segments)
-
-    def _graph(self, num_sequences: int) -> DecodeGraph:
-        graph = self._graphs.get(num_sequences)
-        if graph is None:
-            width = pages_for(self.model.config.max_positions)
-            if self.num_pages is not None:
-                width = min(width, self.num_pages)
-            graph = DecodeGraph(self.model, self.caches, num_sequences, width)
-            self._graphs[num_sequences] = graph
-        return graph
+    def _most_pages(self) -> int:
+        """That one sequence can have."""
+        width = pages_for(self.model.config.max_positions)
+        return width if self.num_pages is None else min(width, self.num_pages)
 
     def _check(self, segment: Segment) -> None:
         """Asserts that no kernel is led outside the KV memory: they follow the integers of a step unasked."""

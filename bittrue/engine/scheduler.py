@@ -348,7 +348,7 @@ class Scheduler:
         return min(most, sequence.num_scored) if wants_scores else most
 
     def _is_computed_elsewhere(self, sequence: Sequence, space: bytes, limit: int) -> bool:
-        """Whether a running sequence is about to leave more of this one's prefix in the cache than is there."""
+        """Whether a running sequence is about to leave more of this one's prefix in the cache than it has."""
         if not self.kv.policy.is_on:
             return False
         if sequence.follows is None:

@@ -28,12 +28,15 @@ from bittrue.kv.prefix import Match, Node, PrefixTree, Snapshot
 
 class Fetch(Protocol):
     """Blobs on their way out of the tiers: by name, with the tier each came from. Bad or missing ones are
-    absent."""
+    absent; ``rest`` is to be asked for once these are used."""
 
     @property
     def done(self) -> bool: ...
     @property
     def result(self) -> dict[BlobName, tuple[str, bytes]]: ...
+    @property
+    def rest(self) -> tuple[BlobName, ...]: ...
+    def release(self) -> None: ...
     def wait(self, timeout_s: float) -> None: ...
 
 
@@ -44,6 +47,7 @@ class Tiers(Protocol):
     def has(self, space: bytes, name: BlobName, /) -> str | None: ...
     def states(self, space: bytes, parent: bytes, /) -> list[tuple[int, bytes]]: ...
     def fetch(self, space: bytes, names: Sequence[BlobName], /) -> Fetch: ...
+    def touch(self, space: bytes, name: BlobName, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +199,13 @@ class KVManager:
             names = self._worth_fetching(space, tokens, limit)
             self._fetches[seq_id] = self.tiers.fetch(space, names) if names else None
         fetch = self._fetches[seq_id]
-        return fetch is None or fetch.done
+        if fetch is None or not fetch.done:
+            return fetch is None
+        rest = fetch.rest
+        self._insert_fetched(seq_id, tokens, space)
+        if rest:
+            self._fetches[seq_id] = self.tiers.fetch(space, rest)
+        return not rest
 
     @property
     def is_fetching(self) -> bool:
@@ -209,7 +219,9 @@ class KVManager:
 
     def forget_fetch(self, seq_id: str) -> None:
         """The sequence waits no more, or asks again next time."""
-        self._fetches.pop(seq_id, None)
+        fetch = self._fetches.pop(seq_id, None)
+        if fetch is not None:
+            fetch.release()
 
     def admit(
         self,
@@ -230,8 +242,6 @@ class KVManager:
         assert seq_id not in self._sequences, f"sequence {seq_id} is admitted twice"
         if self._slots.num_free + self._slots.num_cached == 0:
             return None
-        if self.policy.is_on and limit > 0:
-            self._insert_fetched(seq_id, tokens, space)
         hit = self._best_hit(space, tokens, limit) if self.policy.is_on else _Hit(Match((), 0, None))
         shared = [node.page for node in hit.match.path[: hit.kept // PAGE_TOKENS]]
         for page in shared:
@@ -243,7 +253,7 @@ class KVManager:
             self._let_go(shared)
             return None
         self._fetches.pop(seq_id, None)
-        self._tree.touch(hit.match)
+        self._touch(space, hit)
         tier = None if hit.start == 0 else "replay" if hit.snapshot is None else hit.snapshot.tier
         fold = hit.start if hit.snapshot is None else hit.snapshot.fold
         cache = SequenceCache(self._state_for(hit), space, tuple(shared), hit.kept)
@@ -304,6 +314,18 @@ class KVManager:
         # The source may just have been evicted for the target, even be it: its bytes still stand.
         if hit.kept % PAGE_TOKENS >= CSA_RATIO and source != page[0]:
             self._moves.append(CopyPage(source, page[0]))
+
+    def _touch(self, space: bytes, hit: _Hit) -> None:
+        """What is used here is not to be what the slower tiers give up next."""
+        self._tree.touch(hit.match)
+        if self.tiers is None or hit.start == 0:
+            return
+        for node in hit.match.path:
+            if node.is_full and node.parent is not None:
+                self.tiers.touch(space, BlobName("page", node.parent.digest, PAGE_TOKENS, node.digest))
+        if hit.snapshot is not None:
+            parent, tokens = hit.snapshot.node.digest, hit.snapshot.tokens
+            self.tiers.touch(space, BlobName("state", parent, len(tokens), state_digest(parent, tokens)))
 
     def _count_hit(self, tokens: Sequence[int], hit: _Hit, tier: str | None) -> None:
         self.lookup_tokens += len(tokens)
@@ -418,7 +440,7 @@ class KVManager:
                 elif self.tiers is not None:
                     assert node.parent is not None
                     name = BlobName("page", node.parent.digest, PAGE_TOKENS, node.digest)
-                    self._moves.append(SavePage(node.page, name))
+                    self._moves.append(SavePage(node.page, cache.space, name))
         if tuple(pages) != cache.page_ids:
             cache.page_ids = tuple(pages)
         cache.path = path[: len(tokens) // PAGE_TOKENS]
@@ -436,7 +458,7 @@ class KVManager:
             parent = snapshot.node.digest
             name = BlobName("state", parent, len(open_tokens), state_digest(parent, open_tokens))
             page = cache.page_ids[position // PAGE_TOKENS] if open_tokens else None
-            self._moves.append(SaveState(slot, page, position, fold, name))
+            self._moves.append(SaveState(slot, page, position, fold, cache.space, name))
 
     # ---- tiers -------------------------------------------------------------------------------------------
 
@@ -480,7 +502,7 @@ class KVManager:
         fetch = self._fetches.pop(seq_id, None)
         if fetch is None:
             return
-        self._fetches[seq_id] = None  # if it is not admitted now: not again
+        self._fetches[seq_id] = None
         found = fetch.result
         match = self._tree.match(space, tokens, len(tokens))
         path = [node for node in match.path if node.is_full][: match.length // PAGE_TOKENS]
@@ -500,6 +522,7 @@ class KVManager:
             if name.kind == "state" and name.parent == (path[-1].digest if path else space):
                 self._insert_state(space, path, held, tokens, name, tier, blob)
         self._let_go(held)
+        fetch.release()
 
     def _fetched_page(
         self,

@@ -34,9 +34,10 @@ class ClearSlot:
 
 @dataclass(frozen=True, slots=True)
 class SavePage:
-    """A full page to the tiers."""
+    """A full page to the tiers, as a blob of the namespace ``space``."""
 
     page: int
+    space: bytes
     name: BlobName
 
 
@@ -49,6 +50,7 @@ class SaveState:
     page: int | None
     position: int
     fold: int
+    space: bytes
     name: BlobName
 
 

@@ -57,7 +57,7 @@ class KVPool:
 
     layout: KVLayout
     caches: Sequence[LayerCache]
-    save: Callable[[BlobName, bytes], None] = lambda name, data: None
+    save: Callable[[bytes, BlobName, bytes], None] = lambda space, name, data: None
 
     def apply(self, moves: Iterable[Move]) -> None:
         """Carries out ``moves`` in order."""
@@ -70,10 +70,10 @@ class KVPool:
                 case ClearSlot(slot):
                     for _, tensor in self._parts("slot"):
                         tensor[slot].zero_()
-                case SavePage(page, name):
-                    self.save(name, self.page_bytes(page))
-                case SaveState(slot, page, position, fold, name):
-                    self.save(name, self.state_bytes(slot, page, position, fold))
+                case SavePage(page, space, name):
+                    self.save(space, name, self.page_bytes(page))
+                case SaveState(slot, page, position, fold, space, name):
+                    self.save(space, name, self.state_bytes(slot, page, position, fold))
                 case LoadPage(_, data, page):
                     self.load_page(page, data)
                 case LoadState(_, data, slot, page, position):

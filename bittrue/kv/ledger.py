@@ -15,16 +15,18 @@ from bittrue.kv.layout import HCA_RATIO, PAGE_TOKENS, KVLayout, PartName, pages_
 PROCESS_BYTES = 260 << 20
 VOCAB_ENTRY_BYTES = 1792
 
-# A token id that waits or is in the cache: an int, and its places in the request and in the sequence.
-TOKEN_BYTES = 48
+# A token id that waits or is in the cache: an int, and its places in the request, the sequence and the prefix
+# tree.
+TOKEN_BYTES = 64
 
 # Logits of one block of rows are held at a time: 64 rows of 129,280 ids are 33 MB.
 LOGIT_ROWS = 64
 _LOGIT_COPIES = 4  # logits, scores, and what sampling sorts
-# Sequences of a captured step at most: beyond, the kernels take far longer than the Python between them.
-GRAPH_SEQUENCES = 32
+# Tokens of a captured step at most: beyond, the kernels take far longer than the Python between them.
+GRAPH_ROWS = 32
+GRAPHS = 64  # captured steps held at a time
+_GRAPH_LAYER_BYTES = 5 << 10  # of one of them, one layer's calls with their arguments, as measured
 GRAPH_BLOCK_BYTES = 1 << 20  # what large pages, touched in part, add to the memory they share
-_OS_PAGE_BYTES = 4096
 # Work space of the kernels (ops/cpu/csrc): tokens of one pass of the index, places for what its threads find,
 # decoded cache rows and weight rows a thread holds.
 _INDEX_CELLS, _INDEX_CELLS_PER_THREAD, _INDEX_CELL_BYTES, _INDEX_TOKENS = 2048, 192, 4144, 128
@@ -36,6 +38,8 @@ _PARTS: tuple[PartName, ...] = ("rows", "keys", "window", "csa", "csa_index", "h
 class StepShape(Protocol):
     """The widths of a model that a step's buffers have (ModelConfig has them)."""
 
+    @property
+    def num_layers(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -151,13 +155,12 @@ def step_bytes(shape: StepShape, *, act: ActDtype, bounds: StepBounds) -> int:
 
 
 def graph_bytes(shape: StepShape, *, act: ActDtype, pages: int, bounds: StepBounds) -> int:
-    """What captured decode steps keep: the results of one layer, in memory that all layers and all captures
-    share, and each a page table of its own, resident where it has been written."""
-    most = min(GRAPH_SEQUENCES, bounds.max_running)
-    row_bytes = min(pages, pages_for(bounds.max_context)) * 4
-    rows = most * (most + 1) // 2
-    tables = min(rows * row_bytes, rows * _OS_PAGE_BYTES + most * pages * 4)
-    return GRAPH_BLOCK_BYTES + most * (_token_bytes(shape, act) + shape.vocab_size * 4) + tables
+    """What captured steps keep: the results of one layer and a page table, which all layers and all captures
+    share, and each its list of calls."""
+    rows = min(GRAPH_ROWS, bounds.max_step_tokens)
+    table = min(GRAPH_ROWS, bounds.max_running) * min(pages, pages_for(bounds.max_context)) * 4
+    calls = GRAPHS * shape.num_layers * _GRAPH_LAYER_BYTES
+    return GRAPH_BLOCK_BYTES + rows * (_token_bytes(shape, act) + shape.vocab_size * 4) + table + calls
 
 
 def _token_bytes(shape: StepShape, act: ActDtype) -> int:

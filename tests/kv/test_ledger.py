@@ -84,17 +84,18 @@ def test_the_buffers_of_a_step_grow_with_its_tokens_and_hardly_with_the_context(
     assert at(max_context=1 << 20) < 1 << 30
 
 
-def test_captured_steps_hold_one_layer_by_sequence_however_deep_the_model() -> None:
-    def at(most: int, pages: int = 1000) -> int:
-        return graph_bytes(Shape(), act="bf16", pages=pages, bounds=replace(BOUNDS, max_running=most))
+def test_captured_steps_hold_the_results_of_one_layer_and_the_calls_of_all() -> None:
+    def at(pages: int = 1000, layers: int = 43, **changes: int) -> int:
+        shape = replace(Shape(), compress_ratios=(4,) * layers)
+        return graph_bytes(shape, act="bf16", pages=pages, bounds=replace(BOUNDS, **changes))
 
-    block = 1 << 20
-    assert 0.4e6 < at(1) - block < 3e6
-    assert at(32) - block > 30 * (at(1) - block)
-    assert at(32) == at(1000)  # more sequences are not captured
-    assert (
-        0 < at(8, pages=100_000) - at(8, pages=1000) <= 36 * 8192 * 4
-    )  # a table row: page ids of one sequence
+    per_token = (at(max_step_tokens=9) - at(max_step_tokens=1)) / 8
+    assert 0.4e6 < per_token < 3e6
+    assert at(max_step_tokens=32) == at()  # larger steps are not captured
+    # One page table: a row per sequence, as wide as a sequence can have pages.
+    assert at(max_running=8, pages=100_000) - at(max_running=8, pages=0) == 8 * 8192 * 4
+    # Twice the layers: 64 lists of calls that are twice as long, and nothing else.
+    assert at(layers=86) - at(layers=43) == 64 * 43 * (5 << 10)
 
 
 def test_wider_activations_and_more_threads_take_more() -> None:

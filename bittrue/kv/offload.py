@@ -43,13 +43,12 @@ _WAIT_BEFORE, _WRITE = 1, 2
 class RowStore(Protocol):
     """Where rows that are kept off the device lie: what a pool, an engine and the metrics ask of it.
 
-    ``allocator``: for ``kv.pool.allocate``; tensors of parts that are not offloaded are ordinary memory.
+    ``allocator()``: for one ``kv.pool.allocate``; tensors of parts that are not offloaded are ordinary memory.
     ``after_step``: called between steps with the pages of the sequences that ran and of the moves before
     them; brings the device's share back to its bound. ``resident_bytes``: the device's share now.
     ``close``: gives everything back that the tensors do not need any more.
     """
 
-    @property
     def allocator(self) -> Allocator: ...
     def after_step(self, page_ids: Iterable[Sequence[int]]) -> None: ...
     def resident_bytes(self) -> int: ...
@@ -73,8 +72,9 @@ class OffloadFile:
       that cannot reserve, such as those that copy on write, can still end a process with SIGBUS.)
     - The file never has a name, so nothing is left of it however the process ends.
 
-    Measuring is by counting faults, which are few when the hot set fits; only where so many came that the
-    bound could be passed is the kernel asked which pages are present.
+    Measuring is by counting faults, few when the hot set fits: tens of microseconds a step. Only where so
+    many came that the bound could be passed is the kernel asked which pages are present; that and letting
+    go take about as long as the faults took (8 ms with 256 MiB hot, after a thousand faults).
     """
 
     layout: KVLayout
@@ -82,10 +82,10 @@ class OffloadFile:
     hot_bytes: int
     is_in_memory: bool  # the directory's file system keeps files in memory: nothing is saved there
     _fd: int
-    _map: mmap.mmap
+    mapping: mmap.mmap
     _offsets: Indices
     _page_bytes: Indices  # bytes of a KV page, by offloaded layer
-    _present: Callable[[], Indices]
+    present_pages: Callable[[], Indices]  # those of the mapping that are resident, ascending
     _last_used: Indices
     _step: int = 0
     _measured: int = 0
@@ -120,10 +120,10 @@ class OffloadFile:
             hot_bytes=hot_bytes,
             is_in_memory=_is_in_memory(fd),
             _fd=fd,
-            _map=mapping,
+            mapping=mapping,
             _offsets=np.array(layout.offload_offsets(pages), dtype=np.int64),
             _page_bytes=np.array(sizes, dtype=np.int64),
-            _present=present_pages_of(mapping),
+            present_pages=present_pages_of(mapping),
             _last_used=np.zeros(pages, dtype=np.int64),
             _faults=_num_faults(),
         )
@@ -132,7 +132,6 @@ class OffloadFile:
     def file_bytes(self) -> int:
         return int(self._offsets[-1])
 
-    @property
     def allocator(self) -> Allocator:
         """Deals the regions of the file to the offloaded parts, in the order of the layers."""
         offsets = iter(self._offsets[:-1].tolist())
@@ -142,7 +141,7 @@ class OffloadFile:
                 return plain_memory(layer, part, shape)
             assert shape == (self.num_pages, *part.shape), "the file was made for another number of pages"
             count = self.num_pages * part.bytes
-            return torch.frombuffer(self._map, dtype=torch.uint8, count=count, offset=next(offsets)).view(
+            return torch.frombuffer(self.mapping, dtype=torch.uint8, count=count, offset=next(offsets)).view(
                 shape
             )
 
@@ -163,13 +162,14 @@ class OffloadFile:
             arrays[id(pages)] = known
             self._last_used[known[1]] = self._step
         self._arrays = arrays
-        if self._measured + (_num_faults() - self._faults) * FAULT_BYTES > self.hot_bytes:
+        at_most = self._measured + (_num_faults() - self._faults) * FAULT_BYTES
+        if min(at_most, self.file_bytes) > self.hot_bytes:
             self.trim()
 
     def trim(self) -> None:
         """Measures, and lets go of the coldest pages where more than ``hot_bytes`` are resident."""
         self._faults = _num_faults()
-        present = self._present()
+        present = self.present_pages()
         if len(present) * OS_PAGE_BYTES > self.hot_bytes:
             keep = int(self.hot_bytes * (1 - FREED_SHARE)) // OS_PAGE_BYTES
             goes = self._coldest(present, len(present) - keep)
@@ -179,12 +179,12 @@ class OffloadFile:
 
     def resident_bytes(self) -> int:
         """Bytes of the mapping that are memory of this process, as the kernel says."""
-        return len(self._present()) * OS_PAGE_BYTES
+        return len(self.present_pages()) * OS_PAGE_BYTES
 
     def close(self) -> None:
         """Nothing stays resident. The room on disk is free once the last tensor is gone; what tensors there
         are can be read until then."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        self.mapping.madvise(mmap.MADV_DONTNEED)
         os.close(self._fd)
 
     # ---- letting go --------------------------------------------------------------------------------------
@@ -215,11 +215,11 @@ class OffloadFile:
         self._on_their_way = runs
         for start, size in runs:
             # On a shared mapping this takes the pages out of the process; what they hold stays in the file.
-            self._map.madvise(mmap.MADV_DONTNEED, start, size)
+            self.mapping.madvise(mmap.MADV_DONTNEED, start, size)
             self._sync(start, size, _WRITE)
 
     def _sync(self, start: int, size: int, what: int) -> None:
-        if _sync_file_range(self._fd, start, size, what) != 0:
+        if sync_file_range(self._fd, start, size, what) != 0:
             code = ctypes.get_errno()
             raise KVCorrupted(
                 f"rows of the offload file are lost: the disk answered {os.strerror(code)!r}; restart on a "
@@ -243,6 +243,10 @@ def _reserve(directory: Path, num_bytes: int) -> int:
     """A file of ``num_bytes`` without a name, its room on disk reserved."""
     try:
         with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+            disk = os.fstatvfs(file.fileno())
+            # What cannot fit is not tried: others that write there would meet a full disk meanwhile.
+            if num_bytes > disk.f_bavail * disk.f_frsize:
+                raise OSError(errno.ENOSPC, f"{disk.f_bavail * disk.f_frsize} are free")
             os.posix_fallocate(file.fileno(), 0, num_bytes)
             return os.dup(file.fileno())
     except OSError as error:
@@ -279,7 +283,7 @@ def _num_faults() -> int:
 _libc: Any = ctypes.CDLL(None, use_errno=True)
 
 
-def _sync_file_range(fd: int, start: int, size: int, what: int) -> int:
+def sync_file_range(fd: int, start: int, size: int, what: int) -> int:
     function = _libc.sync_file_range
     return int(function(fd, ctypes.c_int64(start), ctypes.c_int64(size), ctypes.c_uint(what)))
 
@@ -291,21 +295,21 @@ def present_pages_of(mapping: mmap.mmap) -> Callable[[], Indices]:
     """A function that lists the pages of ``mapping`` that are resident, ascending: by a scan of the kernel's,
     or where the kernel (before 6.7) has none, by reading its page map, 1.6 ms per GiB."""
     try:
-        next(_scanned(mapping))
+        next(scanned(mapping))
     except StopIteration:
-        return lambda: _joined(_scanned(mapping))
+        return lambda: joined(scanned(mapping))
     except OSError as error:
         if error.errno not in (errno.ENOTTY, errno.EINVAL):
             raise
-        return lambda: _joined(_read(mapping))
-    return lambda: _joined(_scanned(mapping))
+        return lambda: joined(read_page_map(mapping))
+    return lambda: joined(scanned(mapping))
 
 
-def _joined(parts: Iterator[Indices]) -> Indices:
+def joined(parts: Iterator[Indices]) -> Indices:
     return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
 
-def _scanned(mapping: mmap.mmap) -> Iterator[Indices]:
+def scanned(mapping: mmap.mmap) -> Iterator[Indices]:
     base, end = _bounds(mapping)
     ranges = np.empty((1 << 12, 3), dtype=np.uint64)
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
@@ -325,7 +329,7 @@ def _scanned(mapping: mmap.mmap) -> Iterator[Indices]:
             yield np.arange(lengths.sum()) + np.repeat(found[:, 0] - before, lengths)
 
 
-def _read(mapping: mmap.mmap) -> Iterator[Indices]:
+def read_page_map(mapping: mmap.mmap) -> Iterator[Indices]:
     base, end = _bounds(mapping)
     words = np.empty(1 << 16, dtype=np.uint64)
     with open("/proc/self/pagemap", "rb", buffering=0) as file:

@@ -329,6 +329,11 @@ class Engine:
                 and part.drafts[place : place + 1] == (drawn[part.seq_id].token_ids[place],)
             ]
             place += 1
+        for part in plan.sequences:
+            if part.drafts:
+                output = self._outputs[part.seq_id]
+                output.num_drafted += len(part.drafts)
+                output.num_accepted += len(drawn[part.seq_id].token_ids) - 1
         return drawn
 
     def _sample_input(self, part: ScheduledSequence, place: int) -> SampleInput:
@@ -361,9 +366,7 @@ class Engine:
                 self._drafting.forget(part.seq_id)
             else:
                 sequence = self._scheduler.sequence(part.seq_id)
-                output = self._outputs[part.seq_id]
-                output.num_drafted, output.num_accepted = sequence.num_drafted, sequence.num_accepted
-                live.append(Drafted(sequence, output, part, offset, draw))
+                live.append(Drafted(sequence, self._outputs[part.seq_id], part, offset, draw))
         for seq_id, drafts in self._drafting.after_step(streams, live, plan.num_tokens, begun_s):
             self._scheduler.set_drafts(seq_id, drafts)
 

@@ -248,16 +248,14 @@ class Scheduler:
             sequence.tokens += tokens
             sequence.num_computed += accepted
             self._num_generated_tokens += len(tokens)
-            self._count_drafts(sequence, len(part.drafts), accepted)
+            self._count_drafts(len(part.drafts), accepted)
         sequence.drafts = ()
         assert not part.samples or tokens or reason is not None, f"{part.seq_id} samples but got no token"
         if reason is None and sequence.num_computed >= sequence.num_prompt and sequence.is_exhausted:
             return "length"
         return reason
 
-    def _count_drafts(self, sequence: Sequence, drafted: int, accepted: int) -> None:
-        sequence.num_drafted += drafted
-        sequence.num_accepted += accepted
+    def _count_drafts(self, drafted: int, accepted: int) -> None:
         for place in range(drafted):
             self._drafted_at[place] += 1
             self._accepted_at[place] += place < accepted

@@ -29,8 +29,6 @@ class Sequence:
     drafts: tuple[int, ...] = ()  # guesses at the tokens after the last one, for the next step
     num_scored: int = 0  # positions whose logits were computed, as prompt log-probabilities need
     num_cached: int = 0  # tokens that the cache spared it, when it was first admitted
-    num_drafted: int = 0
-    num_accepted: int = 0
     follows: "Sequence | None" = None  # the running sequence that computes a prefix of this one,
     follows_to: int = 0  # and how far that has to come
     last_step: int = -1  # last step that served it (or admitted it)

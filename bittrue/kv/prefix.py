@@ -310,7 +310,11 @@ class PrefixTree:
         node.is_alive = False
         del self._node_of[node.page]
         self._pages.drop(node.page)
-        if parent.parent is not None and not parent.children and not self._pages.owners(parent.page):
+        if parent.children:
+            return
+        if parent.parent is None:
+            del self._roots[parent.digest]
+        elif not self._pages.owners(parent.page):
             self._push(self._leaves, parent.last_used, parent)
 
     def _drop_snapshot(self, snapshot: Snapshot) -> None:

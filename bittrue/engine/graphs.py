@@ -31,6 +31,11 @@ class StepGraphs:
         self._index = _StepIndex(table_width)
         self._captured: dict[tuple[int, int], Captured] = {}  # the last used last
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(sequences, tokens) of the steps held, the last used last."""
+        return list(self._captured)
+
     def covers(self, segments: Sequence[Segment]) -> bool:
         """Whether a step of ``segments`` is small enough to be captured: beyond, the kernels take far longer
         than the Python between them."""

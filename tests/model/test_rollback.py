@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -14,8 +14,10 @@ from bittrue.config.formats import Level
 from bittrue.engine.runner import Runner
 from bittrue.kv.layout import pages_for
 from bittrue.model.batch import Segment, build_batch
+from bittrue.ops.dispatch import select
 from bittrue.ops.numeric import first_difference
 
+OPS = select("cpu", threads=1)
 MAX_DRAFT = 5
 NUM_PAGES = 16
 # Around the CSA ratio, the window and one and two HCA windows; index top-k (16 rows) bites from 64 on.
@@ -39,15 +41,20 @@ class Drafted:
     fold: int = 0
     rows: list[Tensor] = field(default_factory=list)
 
-    def next_step(self, rng: random.Random, vocab: int, longest_draft: int) -> tuple[Segment, int]:
-        """A chunk of true tokens, then a draft: some right tokens and some wrong ones.
+    def next_step(
+        self, rng: random.Random, vocab: int, longest_draft: int, is_decode: bool
+    ) -> tuple[Segment, int]:
+        """A chunk of true tokens, then a draft: some right tokens and some wrong ones. A decode has one sure
+        token, and always the longest draft.
 
         Returns how many tokens of the segment stay.
         """
         left = len(self.tokens) - self.done
-        sure = min(left, rng.choice((1, 1, 1, 1, 2, 3, 7, 60, 130)))
+        sure = 1 if is_decode else min(left, rng.choice((1, 1, 1, 1, 2, 3, 7, 60, 130)))
         right = min(left - sure, rng.randrange(longest_draft + 1))
-        wrong = rng.randrange(longest_draft - right + 1)
+        wrong = longest_draft - right
+        if not is_decode:
+            wrong = rng.randrange(wrong + 1)
         stays = self.tokens[self.done : self.done + sure + right]
         drafted = [*stays, *(rng.randrange(vocab) for _ in range(wrong))]
         return Segment(drafted, self.done, self.fold, self.slot, self.page_ids), len(stays)
@@ -71,6 +78,7 @@ def run_with_drafts(
     seed: int,
     *,
     longest_draft: int = MAX_DRAFT,
+    is_decode: bool = False,
     forward: Callable[[Runner, Sequence[Segment]], Tensor] = Runner.forward,
 ) -> list[Tensor]:
     """Logits of every prompt's positions; in each step some of the sequences advance, in any order."""
@@ -84,7 +92,7 @@ def run_with_drafts(
         pages = pages[needed:]
     while live := [s for s in sequences if s.done < len(s.tokens)]:
         chosen = rng.sample(live, rng.randint(1, len(live)))
-        steps = [s.next_step(rng, vocab, longest_draft) for s in chosen]
+        steps = [s.next_step(rng, vocab, longest_draft, is_decode) for s in chosen]
         streams = forward(runner, [segment for segment, _ in steps])
         logits = torch.cat([x for _, x in runner.logits_by_block(streams, range(len(streams)))])
         parts = torch.split(logits, [len(segment.token_ids) for segment, _ in steps])
@@ -106,6 +114,29 @@ def test_rejected_drafts_change_no_bit(variant: str) -> None:
             prompts, expected, run_with_drafts(drafting, prompts, seed), strict=True
         ):
             assert first_difference(want, got) is None, (len(prompt), first_difference(want, got))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_captured_steps_of_any_draft_length_give_the_bits_of_direct_ones(variant: str) -> None:
+    """Steps of one to three sequences with 1 to 9 tokens each, then of as many as come."""
+    precision, level, act = VARIANTS[variant]
+    raw, tensors = random_checkpoint(3, precision=precision)
+    captured, direct = (
+        make_runner(raw, tensors, level=level, act=act, pages=NUM_PAGES, max_draft=8, ops=ops)
+        for ops in (OPS, replace(OPS, capture=None))
+    )
+    prompts = [random_ids(n, raw["vocab_size"], seed=n) for n in (40, 60, 140)]
+    for num_tokens in range(1, 10):
+        options = {"longest_draft": num_tokens - 1, "is_decode": True}
+        got, want = (run_with_drafts(r, prompts, num_tokens, **options) for r in (captured, direct))
+        for mine, theirs in zip(got, want, strict=True):
+            assert first_difference(theirs, mine) is None, (num_tokens, first_difference(theirs, mine))
+    assert captured._graphs is not None and direct._graphs is None
+    shapes = {(count, count * num_tokens) for count in (1, 2, 3) for num_tokens in range(1, 10)}
+    assert set(captured._graphs.shapes) == shapes
+    for seed in range(3):
+        got, want = (run_with_drafts(r, prompts, seed, longest_draft=8) for r in (captured, direct))
+        assert all(first_difference(a, b) is None for a, b in zip(want, got, strict=True)), seed
 
 
 @pytest.mark.parametrize("level", ["maths", "published"])

@@ -8,7 +8,7 @@ import torch
 from bittrue.engine.engine import Engine
 from bittrue.engine.types import Request, SamplingParams
 from bittrue.errors import ConfigError, InvalidRequest, PromptTooLong, QueueFull
-from bittrue.kv.layout import KVLayout
+from bittrue.kv.layout import KVBudget
 from bittrue.model.presets import make_checkpoint
 from bittrue.text.messages import ResponseFormat
 
@@ -20,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(model: Path) -> Engine:
-    return Engine(model, kv_memory="64MiB", max_step_tokens=64, max_running=16, threads=1)
+    return Engine(model, kv_memory="64MiB", max_step_tokens=64, max_running=16, threads=1, prefix_cache=False)
 
 
 def prompt_of(engine: Engine, length: int, seed: int) -> tuple[int, ...]:
@@ -48,13 +48,16 @@ def test_a_preempted_request_continues_with_the_same_tokens(
     prompts = [prompt_of(engine, 120, seed) for seed in range(6)]
     each = [params(seed=i, max_tokens=60) for i in range(6)]
     # Six states but only eight pages: six sequences of two pages each cannot all stay.
-    monkeypatch.setattr(KVLayout, "fit", lambda *args, **options: (8, 6))
+    monkeypatch.setattr(KVBudget, "fit", lambda *args, **options: (8, 6))
     small = Engine(model, max_step_tokens=64, threads=1)
     got = small.generate(prompts, each)
     assert small.stats().num_preempted_total > 0
     assert got == engine.generate(prompts, each)
     stats = small.stats()
-    assert stats.pages_free == stats.pages_total and stats.slots_free == stats.slots_total
+    assert stats.pages_held == stats.slots_held == 0
+    assert stats.pages_free + stats.pages_cached == stats.pages_total
+    small.flush()
+    assert small.stats().pages_free == stats.pages_total and small.stats().slots_free == stats.slots_total
 
 
 def test_the_first_event_alone_tells_the_time_in_the_queue(engine: Engine) -> None:

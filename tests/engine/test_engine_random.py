@@ -9,7 +9,7 @@ import pytest
 from bittrue.config.formats import Level
 from bittrue.engine.engine import Engine
 from bittrue.engine.types import Request, SamplingParams, TokenEvent, TokenLogprob
-from bittrue.kv.layout import KVLayout
+from bittrue.kv.layout import KVBudget
 from bittrue.model.presets import make_checkpoint
 
 MOST_STEPS = 5_000
@@ -98,11 +98,12 @@ def run_mix(engine: Engine, requests: list[Request], rng: random.Random) -> tupl
 def test_any_mix_of_requests_gives_each_what_it_gets_alone(
     model: Path, level: Level, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    roomy = Engine(model, kv_memory="64MiB", max_context=1024, threads=1, level=level)
+    # The slow path: nothing is taken from the cache.
+    roomy = Engine(model, kv_memory="64MiB", max_context=1024, threads=1, level=level, prefix_cache=False)
     num_compared = num_preempted = 0
     for seed, (pages, slots, step_tokens) in enumerate(POOLS[level]):
         rng = random.Random(seed)
-        monkeypatch.setattr(KVLayout, "fit", lambda *_, sizes=(pages, slots), **__: sizes)
+        monkeypatch.setattr(KVBudget, "fit", lambda *_, sizes=(pages, slots), **__: sizes)
         small = Engine(model, max_context=512, threads=1, level=level, max_step_tokens=step_tokens)
         requests = [random_request(rng, f"{seed}-{i}", small.config.vocab_size) for i in range(7)]
         answers, preempted = run_mix(small, requests, rng)
@@ -116,6 +117,9 @@ def test_any_mix_of_requests_gives_each_what_it_gets_alone(
             else:
                 assert got == want
                 num_compared += 1
+        stats = small.stats()
+        assert stats.pages_held == stats.slots_held == 0
+        small.flush()
         stats = small.stats()
         assert (stats.pages_free, stats.slots_free) == (stats.pages_total, stats.slots_total)
     assert num_compared >= 10 and num_preempted > 0

@@ -83,7 +83,7 @@ def skip_prefill(scheduler: Scheduler, seq_id: str) -> None:
 def decode_once(scheduler: Scheduler) -> StepPlan:
     plan = scheduler.schedule()
     assert plan is not None
-    outputs = tuple(SequenceOutput(part.seq_id, token_id=7) for part in plan.sequences if part.samples)
+    outputs = tuple(SequenceOutput(part.seq_id, (7,)) for part in plan.sequences if part.samples)
     assert len(outputs) == 1
     scheduler.commit(plan, outputs)
     return plan
@@ -165,7 +165,8 @@ def test_a_prompt_beyond_the_kv_memory_is_told_how_many_bytes_it_needs(directory
     request = Request(request_id="r", prompt=prompt, params=SamplingParams(max_tokens=16))
     small = an_engine(directory, kv_memory="4MiB")
     layout = small.parts.layout
-    needed = KVBudget(layout.page_bytes, layout.slot_bytes, 2).needed_for(len(prompt) + 16)
+    budget = KVBudget(layout.page_bytes, layout.slot_bytes, 2, small.parts.budget.max_snapshots)
+    needed = budget.needed_for(len(prompt) + 16)
     with pytest.raises(InvalidRequest, match=rf"--kv-memory \({needed} bytes\)"):
         small.add(request)
     small.close()

@@ -14,7 +14,10 @@ from bittrue.engine.sequence import Sequence
 from bittrue.engine.supervisor import EngineClient
 from bittrue.engine.types import Request, SamplingParams
 from bittrue.engine.wire import HEADER_BYTES, decode_to_engine, frame
+from bittrue.kv.layout import pages_for
 from bittrue.kv.ledger import PROCESS_BYTES, TOKEN_BYTES
+from bittrue.kv.pages import PagePool, SlotPool
+from bittrue.kv.prefix import PrefixTree
 from bittrue.model.presets import make_checkpoint
 from bittrue.obs.log import Log
 from bittrue.obs.metrics import Metrics
@@ -96,6 +99,9 @@ def test_a_token_of_a_sequence_takes_what_the_ledger_counts_for_it() -> None:
         request = decode_to_engine(data)
         assert isinstance(request, Request)
         sequence = Sequence.of(request, arrival=0, now=0.0)
+        pages = PagePool(pages_for(count))
+        tree = PrefixTree(pages, SlotPool(1))
+        tree.insert(b"space", [], sequence.tokens, pages.allocate(pages.total) or ())
         held = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()

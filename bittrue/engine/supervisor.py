@@ -377,8 +377,8 @@ class EngineClient:
         while not self._is_closing:
             if self._num_fruitless_restarts >= self.config.max_restarts:
                 raise EngineDied(
-                    f"the engine process died {self._num_fruitless_restarts + 1} times without a token, "
-                    "and is not started again; its output says why"
+                    f"the engine process died without a token, {self._num_fruitless_restarts + 1} in a row "
+                    "(--max-restarts), and is not started again; its output says why"
                 )
             await asyncio.sleep(_BACKOFF_S[min(self._num_fruitless_restarts, len(_BACKOFF_S) - 1)])
             self._num_fruitless_restarts += 1

@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 from starlette.responses import Response
 
-from bittrue.errors import BittrueError, QueueFull
+from bittrue.errors import BittrueError, PoisonRequest, QueueFull
 
 _ENCODE = msgspec.json.Encoder().encode
 _TYPES = {
@@ -13,7 +13,9 @@ _TYPES = {
     401: "authentication_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    409: "conflict_error",
     408: "invalid_request_error",
+    410: "not_found_error",
     413: "invalid_request_error",
     429: "rate_limit_error",
     503: "unavailable_error",
@@ -55,6 +57,8 @@ def response_of_error(error: BittrueError) -> Response:
     headers: dict[str, Any] = {}
     if isinstance(error, QueueFull):
         headers["retry-after"] = str(error.retry_after_s)
+    if isinstance(error, PoisonRequest):
+        headers["x-should-retry"] = "false"  # OpenAI's clients would send it again, and kill another engine
     return Response(
         body_of_error(error), status_code=error.status, media_type="application/json", headers=headers
     )

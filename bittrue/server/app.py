@@ -1,6 +1,5 @@
 """The HTTP application: routes, and the gate every request passes (request id, key, counters, errors)."""
 
-import hmac
 import re
 import time
 import uuid
@@ -13,14 +12,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bittrue.errors import BittrueError, HttpRefused
-from bittrue.server import admin, chat, completions, generate, models, tokenize
+from bittrue.server import admin, chat, completions, generate, models, requests, tokenize
 from bittrue.server.answers import error_response, response_of_error
 from bittrue.server.intake import ClientGone
+from bittrue.server.keys import Caller, Keys, set_caller
 from bittrue.server.state import ServerState
 
 ROUTES = (
     Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
     Route("/v1/completions", completions.completions, methods=["POST"]),
+    Route(requests.PATH, requests.show_request, methods=["GET"]),
     Route("/v1/models", models.list_models, methods=["GET"]),
     Route("/v1/models/{name:path}", models.show_model, methods=["GET"]),
     Route("/generate", generate.generate, methods=["POST"]),
@@ -30,9 +31,12 @@ ROUTES = (
     Route("/metrics", admin.metrics, methods=["GET"]),
     Route("/admin/fingerprint", admin.fingerprint, methods=["GET"]),
     Route("/admin/stats", admin.stats, methods=["GET"]),
+    Route("/admin/cache", admin.cache, methods=["GET"]),
+    Route("/admin/flush", admin.flush, methods=["POST"]),
 )
 _OPEN_PATHS = ("/health",)  # probes of orchestrators carry no key
 _PATHS = frozenset(route.path for route in ROUTES)
+_REQUESTS = requests.PATH.partition("{")[0]
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -57,7 +61,7 @@ class Gate:
     """Stands before the application: checks the key, gives each request an id, counts and logs it."""
 
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
-        self._app, self._state = app, state
+        self._app, self._state, self._keys = app, state, Keys(state.config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,7 +83,9 @@ class Gate:
 
         self._state.num_active += 1
         try:
-            if self._is_allowed(scope["path"], headers):
+            owner = self._keys.owner_of(headers.get(b"authorization", b""))
+            if owner is not None or scope["path"] in _OPEN_PATHS:
+                set_caller(scope, Caller(request_id, owner or ""))
                 await self._app(scope, receive, send_named)
             else:
                 refused = HttpRefused(
@@ -92,16 +98,11 @@ class Gate:
             self._state.num_active -= 1
             self._note(scope, request_id, status, time.perf_counter() - started_s)
 
-    def _is_allowed(self, path: str, headers: dict[bytes, bytes]) -> bool:
-        key = self._state.config.api_key
-        if not key or path in _OPEN_PATHS:
-            return True
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), key.encode())
-
     def _note(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         path = scope["path"]
         endpoint = path if path in _PATHS else "other"  # a bounded number of label values
+        if path.startswith(_REQUESTS):
+            endpoint = requests.PATH
         self._state.metrics.count("bittrue_requests", endpoint=endpoint, status=str(status))
         write = self._state.log.debug if path in ("/health", "/metrics") else self._state.log.info
         write("request", id=request_id, method=scope["method"], path=path, status=status, seconds=seconds)

@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from bittrue.engine.types import SamplingParams, TokenEvent
 from bittrue.errors import InvalidRequest
-from bittrue.server.answers import json_response
 from bittrue.server.chat_answer import (
     ChatAnswer,
     ChatChunk,
@@ -19,13 +18,15 @@ from bittrue.server.chat_answer import (
     Choice,
     ChoiceLogprobs,
     ChunkChoice,
+    ContentLogprob,
     Delta,
-    Message,
+    MessageBuilder,
     content_logprob,
 )
 from bittrue.server.chat_prompt import chat_options
 from bittrue.server.formats import chat_grammar
-from bittrue.server.intake import read_body, while_connected
+from bittrue.server.intake import read_body
+from bittrue.server.keys import Caller, caller_of
 from bittrue.server.models import check_model
 from bittrue.server.protocol import BodyDecoder, ChatBody
 from bittrue.server.sampling import (
@@ -38,10 +39,11 @@ from bittrue.server.sampling import (
 from bittrue.server.sse import EventStream, data
 from bittrue.server.state import ServerState, state_of
 from bittrue.server.submission import Submission, submit
-from bittrue.server.usage import UsageTally
+from bittrue.server.usage import Usage, UsageTally
+from bittrue.server.whole import whole_response
 from bittrue.text.codec import ChatOptions, EncodedPrompt
 from bittrue.text.messages import parse_messages
-from bittrue.text.parser import OutputParser
+from bittrue.text.parser import Event, OutputParser
 from bittrue.text.tokenizer import THINK_END
 
 _DECODE = BodyDecoder(ChatBody)
@@ -56,12 +58,12 @@ async def chat_completions(request: Request) -> Response:
     check_model(state, body.model)
     options = chat_options(state, body)
     encoded = await _encoded(state, body, options, num_bytes=len(raw))
-    job = _job(state, body, options, encoded, await _grammar(state, body, options))
+    grammar = await _grammar(state, body, options)
+    job = _job(state, caller_of(request), body, options, encoded, grammar)
     if body.stream:
         renderer = _StreamRenderer(job, bool(body.stream_options and body.stream_options.include_usage))
-        return EventStream(job.submission.channel, renderer, keepalive_s=state.config.keepalive_s)
-    with job.submission.channel:
-        return json_response(await while_connected(request.receive, _whole(job)))
+        return EventStream(job.submission, renderer)
+    return await whole_response(request, job.submission, _Answer(job))
 
 
 # ---- the request ----
@@ -131,7 +133,12 @@ class _Job:
 
 
 def _job(
-    state: ServerState, body: ChatBody, options: ChatOptions, encoded: EncodedPrompt, grammar: str | None
+    state: ServerState,
+    caller: Caller,
+    body: ChatBody,
+    options: ChatOptions,
+    encoded: EncodedPrompt,
+    grammar: str | None,
 ) -> _Job:
     prompt = checked_prompt(state, encoded.token_ids, param="messages")
     asked, name = _asked_tokens(body)
@@ -143,8 +150,17 @@ def _job(
         after = (state.tokenizer.special_id(THINK_END),) if encoded.starts_in_reasoning else None
         params = msgspec.structs.replace(params, grammar=grammar, grammar_after=after)
     sequences = [(prompt, sample) for sample in with_derived_seeds(params, body.n or 1)]
-    submission = submit(state, "chatcmpl", sequences, priority=body.priority or 0)
-    return _Job(state, body, options, encoded, params, submission, UsageTally(len(prompt)))
+    submission = submit(
+        state,
+        "chatcmpl",
+        sequences,
+        caller=caller,
+        endpoint="/v1/chat/completions",
+        cache_salt=body.cache_salt,
+        priority=body.priority or 0,
+    )
+    usage = UsageTally(len(prompt), has_drafts=state.config.speculation != "off")
+    return _Job(state, body, options, encoded, params, submission, usage)
 
 
 def _asked_tokens(body: ChatBody) -> tuple[int | None, str]:
@@ -168,44 +184,67 @@ def _asked_logprobs(body: ChatBody) -> int | None:
 # ---- the answer ----
 
 
-async def _whole(job: _Job) -> ChatCompletion:
-    submission, answers = job.submission, job.new_answers()
-    choices = [
-        Choice(index, Message(), ChoiceLogprobs([]) if job.body.logprobs else None, "")
-        for index in range(len(answers))
-    ]
-    while submission.channel.unfinished:
-        for event in await submission.channel.next_events():
-            index = submission.index(event)
-            job.usage.add(event, prompt_index=0)
-            choice = choices[index]
-            choice.message.add(answers[index].feed(event))
-            choice.finish_reason = answers[index].finish_reason or ""
-            more = job.logprobs_of(event)
-            if choice.logprobs is not None and more is not None:
-                choice.logprobs.content += more.content
-    job.usage.num_reasoning = sum(answer.num_reasoning_tokens for answer in answers)
-    for choice in choices:
-        if choice.message.content is None and choice.message.tool_calls is msgspec.UNSET:
-            choice.message.content = ""
-    return ChatCompletion(
-        id=submission.response_id,
-        created=job.created,
-        model=job.body.model,
-        system_fingerprint=job.state.weight_version,
-        choices=choices,
-        usage=job.usage.total(),
-    )
+class _Answer:
+    """The answer of a request as it grows. Without ``collects`` only its parts are told."""
+
+    def __init__(self, job: _Job, *, collects: bool = True) -> None:
+        self._job, self._collects = job, collects
+        self._answers = job.new_answers()
+        self._messages = [MessageBuilder() for _ in self._answers]
+        self._logprobs: list[list[ContentLogprob]] = [[] for _ in self._answers]
+
+    def add(self, event: TokenEvent) -> tuple[int, list[Event], ChoiceLogprobs | None]:
+        """The choice an event is of, and what it adds there."""
+        index = self._job.submission.index(event)
+        self._job.usage.add(event, prompt_index=0)
+        told = self._answers[index].feed(event)
+        logprobs = self._job.logprobs_of(event)
+        if self._collects:
+            self._messages[index].add(told)
+            if logprobs is not None:
+                self._logprobs[index] += logprobs.content
+        return index, told, logprobs
+
+    def collect(self, event: TokenEvent) -> None:
+        self.add(event)
+
+    def finish_reason(self, index: int) -> str | None:
+        return self._answers[index].finish_reason
+
+    def usage(self) -> Usage:
+        self._job.usage.num_reasoning = sum(answer.num_reasoning_tokens for answer in self._answers)
+        return self._job.usage.total()
+
+    def body(self) -> ChatCompletion:
+        job = self._job
+        choices = [
+            Choice(
+                index,
+                message.message(),
+                ChoiceLogprobs(logprobs) if job.body.logprobs else None,
+                self.finish_reason(index) or "",
+            )
+            for index, (message, logprobs) in enumerate(zip(self._messages, self._logprobs, strict=True))
+        ]
+        return ChatCompletion(
+            id=job.submission.response_id,
+            created=job.created,
+            model=job.body.model,
+            system_fingerprint=job.state.weight_version,
+            choices=choices,
+            usage=self.usage(),
+        )
 
 
 class _StreamRenderer:
     """Events -> chunks. The first chunk of a choice carries the role; one without news is not sent."""
 
     def __init__(self, job: _Job, include_usage: bool) -> None:
-        self._job, self._include_usage = job, include_usage
-        self._answers = job.new_answers()
-        self._held: list[ChoiceLogprobs | None] = [None] * len(self._answers)
-        self._is_begun = [False] * len(self._answers)
+        self._include_usage = include_usage
+        self._answer = _Answer(job, collects=job.submission.is_kept_afterwards)
+        num_choices = len(job.submission.index_of)
+        self._held: list[ChoiceLogprobs | None] = [None] * num_choices
+        self._is_begun = [False] * num_choices
         self._chunk = ChatChunk(
             id=job.submission.response_id,
             created=job.created,
@@ -217,32 +256,30 @@ class _StreamRenderer:
             self._chunk.usage = None
 
     def feed(self, event: TokenEvent) -> Iterator[bytes]:
-        job = self._job
-        index = job.submission.index(event)
-        job.usage.add(event, prompt_index=0)
+        index, told, more = self._answer.add(event)
         if not self._is_begun[index]:
             self._is_begun[index] = True
             yield self._data(ChunkChoice(index, Delta(role="assistant", content="")))
-        more = job.logprobs_of(event)
         held = self._held[index]
         if held is not None and more is not None:
             more = ChoiceLogprobs(held.content + more.content)
-        for told in self._answers[index].feed(event):
-            delta = Delta.of(told)
+        for one in told:
+            delta = Delta.of(one)
             if delta is not None:
                 yield self._data(ChunkChoice(index, delta, more))
                 more = None
         if event.finish_reason is not None:
-            yield self._data(ChunkChoice(index, Delta(), more, self._answers[index].finish_reason))
+            yield self._data(ChunkChoice(index, Delta(), more, self._answer.finish_reason(index)))
             more = None
         self._held[index] = more
 
     def end(self) -> Iterator[bytes]:
         if self._include_usage:
-            usage = self._job.usage
-            usage.num_reasoning = sum(answer.num_reasoning_tokens for answer in self._answers)
-            self._chunk.choices, self._chunk.usage = [], usage.total()
+            self._chunk.choices, self._chunk.usage = [], self._answer.usage()
             yield data(self._chunk)
+
+    def body(self) -> ChatCompletion:
+        return self._answer.body()
 
     def _data(self, choice: ChunkChoice) -> bytes:
         self._chunk.choices = [choice]

@@ -1,6 +1,7 @@
 """The answer of a chat request: from tokens to reasoning, content and tool calls in OpenAI's shape."""
 
 from collections.abc import Iterable
+from io import StringIO
 from typing import Self
 
 import msgspec
@@ -66,22 +67,43 @@ class Message(msgspec.Struct):
     tool_calls: list[ToolCall] | UnsetType = UNSET
     refusal: None = None
 
+
+class MessageBuilder:
+    """A message as it grows. Texts grow in buffers: a long answer costs no more per token than a short
+    one."""
+
+    __slots__ = ("_calls", "_content", "_reasoning")
+
+    def __init__(self) -> None:
+        self._content: StringIO | None = None
+        self._reasoning: StringIO | None = None
+        self._calls: list[tuple[str, str, StringIO]] = []  # id, name, arguments
+
     def add(self, events: Iterable[Event]) -> None:
         """Takes over what the parser told."""
         for event in events:
             match event:
                 case Reasoning(text):
-                    self.reasoning_content = (self.reasoning_content or "") + text
+                    self._reasoning = self._reasoning or StringIO()
+                    self._reasoning.write(text)
                 case Content(text):
-                    self.content = (self.content or "") + text
+                    self._content = self._content or StringIO()
+                    self._content.write(text)
                 case ToolCallStart(_, call_id, name):
-                    self.tool_calls = self.tool_calls or []
-                    self.tool_calls.append(ToolCall(call_id, Function(name, "")))
+                    self._calls.append((call_id, name, StringIO()))
                 case ToolCallArguments(index, text):
-                    function = (self.tool_calls or [])[index].function
-                    function.arguments = (function.arguments or "") + text
+                    self._calls[index][2].write(text)
                 case ToolCallEnd():
                     pass
+
+    def message(self) -> Message:
+        calls = [ToolCall(call_id, Function(name, text.getvalue())) for call_id, name, text in self._calls]
+        content = None if self._content is None else self._content.getvalue()
+        return Message(
+            content="" if content is None and not calls else content,
+            reasoning_content=UNSET if self._reasoning is None else self._reasoning.getvalue(),
+            tool_calls=calls or UNSET,
+        )
 
 
 class Delta(msgspec.Struct, omit_defaults=True):

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 import msgspec
@@ -12,9 +13,9 @@ from starlette.responses import Response
 
 from bittrue.engine.types import SamplingParams, TokenEvent, TokenLogprob
 from bittrue.errors import InvalidRequest
-from bittrue.server.answers import json_response
 from bittrue.server.formats import grammar_of
-from bittrue.server.intake import read_body, while_connected
+from bittrue.server.intake import read_body
+from bittrue.server.keys import Caller, caller_of
 from bittrue.server.models import check_model
 from bittrue.server.protocol import BodyDecoder, CompletionBody
 from bittrue.server.sampling import (
@@ -30,6 +31,7 @@ from bittrue.server.submission import Submission, submit
 from bittrue.server.text_stream import TextStream
 from bittrue.server.tokens import encode_text, finite, token_name
 from bittrue.server.usage import Usage, UsageTally
+from bittrue.server.whole import whole_response
 from bittrue.text.detokenize import Detokenizer
 from bittrue.text.messages import parse_response_format
 from bittrue.text.tokenizer import Tokenizer
@@ -71,12 +73,11 @@ async def completions(request: Request) -> Response:
     prompts = await _prompts(state, body)
     form = parse_response_format(body.response_format)
     grammar = await asyncio.to_thread(grammar_of, state, form, body.guided_regex)
-    job = _job(state, body, prompts, grammar)
+    job = _job(state, caller_of(request), body, prompts, grammar)
     if body.stream:
         renderer = _StreamRenderer(job, bool(body.stream_options and body.stream_options.include_usage))
-        return EventStream(job.submission.channel, renderer, keepalive_s=state.config.keepalive_s)
-    with job.submission.channel:
-        return json_response(await while_connected(request.receive, _whole(job)))
+        return EventStream(job.submission, renderer)
+    return await whole_response(request, job.submission, _Collector(job))
 
 
 # ---- the request ----
@@ -127,6 +128,12 @@ class _Job:
     def num_samples(self) -> int:
         return self.body.n or 1
 
+    def note(self, event: TokenEvent) -> int:
+        """Adds the event to the usage; the index of its choice."""
+        index = self.submission.index(event)
+        self.usage.add(event, prompt_index=index // self.num_samples)
+        return index
+
     def new_choice(self, index: int) -> "_Choice":
         return _Choice(self.state.tokenizer, self.params, self.prompts[index // self.num_samples], self.body)
 
@@ -142,7 +149,11 @@ class _Job:
 
 
 def _job(
-    state: ServerState, body: CompletionBody, prompts: list[tuple[int, ...]], grammar: str | None
+    state: ServerState,
+    caller: Caller,
+    body: CompletionBody,
+    prompts: list[tuple[int, ...]],
+    grammar: str | None,
 ) -> _Job:
     num_samples = body.n or 1
     if body.best_of is not None and body.best_of != num_samples:
@@ -166,8 +177,17 @@ def _job(
         for prompt, limit in zip(prompts, max_tokens, strict=True)
         for sample in with_derived_seeds(params, num_samples)
     ]
-    submission = submit(state, "cmpl", sequences, priority=body.priority or 0)
-    usage = UsageTally(sum(len(prompt) for prompt in prompts))
+    submission = submit(
+        state,
+        "cmpl",
+        sequences,
+        caller=caller,
+        endpoint="/v1/completions",
+        cache_salt=body.cache_salt,
+        priority=body.priority or 0,
+    )
+    has_drafts = state.config.speculation != "off"
+    usage = UsageTally(sum(len(prompt) for prompt in prompts), has_drafts=has_drafts)
     return _Job(state, body, prompts, params, submission, usage)
 
 
@@ -238,33 +258,49 @@ class _Offsets:
         return start
 
 
-async def _whole(job: _Job) -> Completion:
-    submission = job.submission
-    choices = [job.new_choice(index) for index in range(len(submission.index_of))]
-    answers = [CompletionChoice(index, "", None, None) for index in range(len(choices))]
-    while submission.channel.unfinished:
-        for event in await submission.channel.next_events():
-            index = submission.index(event)
-            job.usage.add(event, prompt_index=index // job.num_samples)
-            text, logprobs = choices[index].feed(event)
-            answer = answers[index]
-            answer.text += text
-            answer.finish_reason = event.finish_reason
-            if logprobs is not None:
-                answer.logprobs = _joined(answer.logprobs, logprobs)
-    completion = job.answer("text_completion", answers)
-    completion.usage = job.usage.total()
-    return completion
+class _Collector:
+    """The answer as a whole, as it grows."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        num_choices = len(job.submission.index_of)
+        self._choices = [job.new_choice(index) for index in range(num_choices)]
+        self._texts = [StringIO() for _ in range(num_choices)]
+        self._logprobs: list[CompletionLogprobs | None] = [None] * num_choices
+        self._finish_reasons: list[str | None] = [None] * num_choices
+
+    def collect(self, event: TokenEvent) -> None:
+        index = self._job.note(event)
+        self.add(index, event, *self._choices[index].feed(event))
+
+    def add(self, index: int, event: TokenEvent, text: str, logprobs: CompletionLogprobs | None) -> None:
+        """What an event added to a choice."""
+        self._texts[index].write(text)
+        self._finish_reasons[index] = event.finish_reason
+        if logprobs is not None:
+            self._logprobs[index] = _joined(self._logprobs[index], logprobs)
+
+    def body(self) -> Completion:
+        columns = zip(self._texts, self._logprobs, self._finish_reasons, strict=True)
+        completion = self._job.answer(
+            "text_completion",
+            [
+                CompletionChoice(index, text.getvalue(), logprobs, finish_reason)
+                for index, (text, logprobs, finish_reason) in enumerate(columns)
+            ],
+        )
+        completion.usage = self._job.usage.total()
+        return completion
 
 
 def _joined(first: CompletionLogprobs | None, second: CompletionLogprobs) -> CompletionLogprobs:
-    if first is None:
-        return second
-    first.tokens += second.tokens
-    first.token_logprobs += second.token_logprobs
-    first.top_logprobs += second.top_logprobs
-    first.text_offset += second.text_offset
-    return first
+    """``first`` with ``second`` behind it; a new one where there is no first."""
+    joined = first or CompletionLogprobs()
+    joined.tokens += second.tokens
+    joined.token_logprobs += second.token_logprobs
+    joined.top_logprobs += second.top_logprobs
+    joined.text_offset += second.text_offset
+    return joined
 
 
 class _StreamRenderer:
@@ -272,6 +308,7 @@ class _StreamRenderer:
 
     def __init__(self, job: _Job, include_usage: bool) -> None:
         self._job, self._include_usage = job, include_usage
+        self._whole = _Collector(job) if job.submission.is_kept_afterwards else None
         self._choices: dict[int, _Choice] = {}
         self._held: dict[int, CompletionLogprobs | None] = {}
         self._chunk = job.answer("text_completion", [])
@@ -279,13 +316,13 @@ class _StreamRenderer:
             self._chunk.usage = None
 
     def feed(self, event: TokenEvent) -> Iterator[bytes]:
-        job = self._job
-        index = job.submission.index(event)
-        job.usage.add(event, prompt_index=index // job.num_samples)
+        index = self._job.note(event)
         choice = self._choices.get(index)
         if choice is None:
-            choice = self._choices[index] = job.new_choice(index)
+            choice = self._choices[index] = self._job.new_choice(index)
         text, logprobs = choice.feed(event)
+        if self._whole is not None:
+            self._whole.add(index, event, text, logprobs)
         if logprobs is not None:
             self._held[index] = logprobs = _joined(self._held.get(index), logprobs)
         if text or event.finish_reason is not None:
@@ -298,3 +335,7 @@ class _StreamRenderer:
             self._chunk.choices = []
             self._chunk.usage = self._job.usage.total()
             yield data(self._chunk)
+
+    def body(self) -> Completion:
+        assert self._whole is not None
+        return self._whole.body()

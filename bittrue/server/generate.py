@@ -1,6 +1,7 @@
 """POST /generate: token ids in and out, with log-probabilities."""
 
 from collections.abc import Iterator
+from io import StringIO
 
 import msgspec
 from starlette.requests import Request
@@ -8,8 +9,8 @@ from starlette.responses import Response
 
 from bittrue.engine.types import FinishReason, SamplingParams, TokenEvent, TokenLogprob
 from bittrue.errors import InvalidRequest
-from bittrue.server.answers import json_response
-from bittrue.server.intake import read_body, while_connected
+from bittrue.server.intake import read_body
+from bittrue.server.keys import caller_of
 from bittrue.server.protocol import BodyDecoder, GenerateBody
 from bittrue.server.sampling import TokenLimits, answer_tokens, checked_prompt, generate_params
 from bittrue.server.sse import EventStream, data
@@ -17,12 +18,16 @@ from bittrue.server.state import ServerState, state_of
 from bittrue.server.submission import Submission, submit
 from bittrue.server.text_stream import TextStream
 from bittrue.server.tokens import encode_text
+from bittrue.server.whole import whole_response
 
 _DECODE = BodyDecoder(GenerateBody)
 
 
 class Generated(msgspec.Struct, kw_only=True):
-    """The answer, or in a stream what one event adds. An entry of ``logprobs``: [id, lp, [[id, lp], ..]]."""
+    """The answer, or in a stream what one event adds. An entry of ``logprobs``: [id, lp, [[id, lp], ..]].
+
+    ``num_drafted``, ``num_accepted``: drafts so far, and those that became output.
+    """
 
     request_id: str
     token_ids: list[int] = []
@@ -33,6 +38,8 @@ class Generated(msgspec.Struct, kw_only=True):
     stop_match: str | int | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
     weight_version: str = ""
 
 
@@ -44,12 +51,19 @@ async def generate(request: Request) -> Response:
     limits = TokenLimits(body.sampling.max_tokens, "sampling.max_tokens", SamplingParams().max_tokens)
     max_tokens = answer_tokens(state, len(prompt), limits)
     params = generate_params(state, body.sampling, max_tokens=max_tokens)
-    submission = submit(state, "gen", [(prompt, params)], priority=body.priority)
-    renderer = _Renderer(state, submission, params, len(prompt))
+    submission = submit(
+        state,
+        "gen",
+        [(prompt, params)],
+        caller=caller_of(request),
+        endpoint="/generate",
+        cache_salt=body.cache_salt,
+        priority=body.priority,
+    )
     if body.stream:
-        return EventStream(submission.channel, renderer, keepalive_s=state.config.keepalive_s)
-    with submission.channel:
-        return json_response(await while_connected(request.receive, _whole(submission, renderer)))
+        collects = submission.is_kept_afterwards
+        return EventStream(submission, _Renderer(submission, params, len(prompt), collects=collects))
+    return await whole_response(request, submission, _Renderer(submission, params, len(prompt)))
 
 
 async def _prompt(state: ServerState, body: GenerateBody) -> tuple[int, ...]:
@@ -61,24 +75,42 @@ async def _prompt(state: ServerState, body: GenerateBody) -> tuple[int, ...]:
 
 
 class _Renderer:
-    """Events -> parts of the answer."""
+    """Events -> parts of the answer, and the answer as a whole."""
 
     def __init__(
-        self, state: ServerState, submission: Submission, params: SamplingParams, num_prompt_tokens: int
+        self, submission: Submission, params: SamplingParams, num_prompt_tokens: int, *, collects: bool = True
     ) -> None:
-        self._text = TextStream(state.tokenizer, params)
+        self._text = TextStream(submission.state.tokenizer, params)
         self._has_logprobs = params.logprobs is not None
+        self._collects = collects
+        self._num_cached: int | None = None
         self._empty = Generated(
             request_id=submission.response_id,
             num_prompt_tokens=num_prompt_tokens,
-            weight_version=state.weight_version,
+            weight_version=submission.state.weight_version,
         )
+        self._whole = msgspec.structs.replace(
+            self._empty, token_ids=[], logprobs=[] if self._has_logprobs else None
+        )
+        self._texts = StringIO()
 
-    def empty(self) -> Generated:
-        return msgspec.structs.replace(self._empty, logprobs=[] if self._has_logprobs else None)
+    def collect(self, event: TokenEvent) -> None:
+        self._part(event)
 
-    def part(self, event: TokenEvent) -> Generated:
-        return msgspec.structs.replace(
+    def feed(self, event: TokenEvent) -> Iterator[bytes]:
+        yield data(self._part(event))
+
+    def end(self) -> Iterator[bytes]:
+        return iter(())
+
+    def body(self) -> Generated:
+        self._whole.text = self._texts.getvalue()
+        return self._whole
+
+    def _part(self, event: TokenEvent) -> Generated:
+        if self._num_cached is None:  # the first event tells what was cached when the sequence began
+            self._num_cached = min(event.num_cached_tokens, self._empty.num_prompt_tokens)
+        part = msgspec.structs.replace(
             self._empty,
             token_ids=list(event.token_ids),
             text=self._text.feed(event),
@@ -86,27 +118,22 @@ class _Renderer:
             prompt_logprobs=None if event.prompt_logprobs is None else list(event.prompt_logprobs),
             finish_reason=event.finish_reason,
             stop_match=event.stop_match,
-            num_cached_tokens=event.num_cached_tokens,
+            num_cached_tokens=self._num_cached,
+            num_drafted=event.num_drafted,
+            num_accepted=event.num_accepted,
         )
+        if self._collects:
+            self._add(part)
+        return part
 
-    def feed(self, event: TokenEvent) -> Iterator[bytes]:
-        yield data(self.part(event))
-
-    def end(self) -> Iterator[bytes]:
-        return iter(())
-
-
-async def _whole(submission: Submission, renderer: _Renderer) -> Generated:
-    answer = renderer.empty()
-    while submission.channel.unfinished:
-        for event in await submission.channel.next_events():
-            part = renderer.part(event)
-            answer.token_ids += part.token_ids
-            answer.text += part.text
-            if answer.logprobs is not None:
-                answer.logprobs += part.logprobs or []
-            if part.prompt_logprobs is not None:
-                answer.prompt_logprobs = part.prompt_logprobs
-            answer.finish_reason, answer.stop_match = part.finish_reason, part.stop_match
-            answer.num_cached_tokens = max(answer.num_cached_tokens, part.num_cached_tokens)
-    return answer
+    def _add(self, part: Generated) -> None:
+        whole = self._whole
+        whole.token_ids += part.token_ids
+        self._texts.write(part.text)
+        if whole.logprobs is not None:
+            whole.logprobs += part.logprobs or []
+        if part.prompt_logprobs is not None:
+            whole.prompt_logprobs = part.prompt_logprobs
+        whole.finish_reason, whole.stop_match = part.finish_reason, part.stop_match
+        whole.num_cached_tokens = part.num_cached_tokens
+        whole.num_drafted, whole.num_accepted = part.num_drafted, part.num_accepted

@@ -15,6 +15,7 @@ TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenIds = Annotated[list[TokenId], Meta(min_length=1)]
 StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
 Bias = Annotated[float, Meta(ge=-100, le=100)]
+CacheSalt = Annotated[str, Meta(max_length=256)]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -46,6 +47,7 @@ class SamplingFields(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     response_format: Any = None
     guided_regex: Annotated[str, Meta(min_length=1)] | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = None  # smaller goes first
+    cache_salt: CacheSalt | None = None  # cached prefixes are shared only where it is the same
     # Sent by OpenAI clients, without a meaning here.
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -111,6 +113,7 @@ class GenerateBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     sampling: GenerateSampling = msgspec.field(default_factory=GenerateSampling)
     stream: bool = False
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] = 0
+    cache_salt: CacheSalt | None = None
 
 
 class TokenizeBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -23,6 +23,7 @@ from bittrue.errors import ConfigError, Draining, EngineDied
 from bittrue.obs.log import Log
 from bittrue.obs.metrics import Metrics
 from bittrue.server.app import build_app
+from bittrue.server.requests import settle_interrupted
 from bittrue.server.state import ServerState
 from bittrue.text.codec import Codec
 from bittrue.text.grammar import GrammarCompiler
@@ -67,6 +68,7 @@ async def _serve(config: RunConfig, log: Log, listener: socket.socket, engine: E
                 reason="kv_memory holds no more tokens",
                 kv_memory_for_all=state.kv_memory_for(client.ready.max_context),
             )
+        settle_interrupted(state)
         server = Server(state, listener)
         client.on_dead = server.engine_died
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -185,9 +187,16 @@ class Server(uvicorn.Server):
         self._state.log.info("serving", url=f"http://{shown}:{port}", model=self._state.config.name)
 
     def engine_died(self, error: EngineDied) -> None:
-        """There will be no engine again: what is left to say is said, then the process ends."""
+        """There will be no engine again. Requests and /health are told so (503) for ``drain_timeout_s``, so
+        that balancers and people see why; then the process ends, for its service manager to start another."""
         self.exit_code = error.exit_code
-        self.begin_drain()
+        timeout_s = self._state.config.drain_timeout_s
+        self._state.log.error("serving_errors", reason=error, exit_in_s=timeout_s)
+        asyncio.get_running_loop().call_later(timeout_s, self._end_failed)
+
+    def _end_failed(self) -> None:
+        if self._draining is None:
+            self.begin_drain()
 
     def begin_drain(self) -> None:
         """Also before ``serve``, which then returns at once."""

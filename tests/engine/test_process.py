@@ -240,7 +240,7 @@ def test_an_engine_that_cannot_be_kept_alive_fails_every_request_and_tells_the_s
 
     async def body(client: EngineClient) -> None:
         client.on_dead = told.append
-        with pytest.raises(EngineDied, match="died 1 times without a token"):
+        with pytest.raises(EngineDied, match="died without a token, 1 in a row"):
             await collect(client, [a_request("poison", prompt=(20, 666))])
         with pytest.raises(EngineDied):
             client.open([a_request("later")])

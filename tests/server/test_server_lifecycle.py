@@ -103,7 +103,8 @@ def test_whole_answer_survives_the_death_of_the_engine(paced: LiveServer) -> Non
 
 def test_request_that_kills_the_engine_gets_500_and_the_server_lives(paced: LiveServer) -> None:
     answer = paced.post(TEXT, ask("~"))
-    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_died")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "poison_request")
+    assert answer.headers["x-should-retry"] == "false"
     assert "was given up" in answer.json()["error"]["message"]
     assert paced.post(TEXT, ask()).status_code == 200
     assert paced.is_idle_and_conserved()
@@ -285,12 +286,28 @@ def ended(directory: Path, knobs: dict[str, Any] | None = None) -> tuple[int, st
     return code, "".join(server.log)
 
 
-def test_engine_that_cannot_be_kept_alive_ends_the_server_with_2(tmp_path: Path) -> None:
+def test_engine_that_cannot_be_kept_alive_is_told_with_503_until_the_server_exits_2(tmp_path: Path) -> None:
     poison = write_model(tmp_path).encode_text("~")
-    with live(tmp_path, {"max_restarts": 0}, crash_on=poison) as server:
-        assert server.post(TEXT, ask("~")).status_code == 500
+    with live(tmp_path, {"max_restarts": 0, "drain_timeout_s": 1.5}, crash_on=poison) as server:
+        assert server.http.get("/health").json()["status"] == "ok"
+        for prompt in ("~", "hello"):
+            refused = server.post(TEXT, ask(prompt))
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_died")
+            assert "died without a token, 1 in a row" in refused.json()["error"]["message"]
+        health = server.http.get("/health")
+        assert (health.status_code, health.json()["status"]) == (503, "failed")
+        assert health.json()["reason"] == refused.json()["error"]["message"]
+        assert server.post("/admin/flush", {}).status_code == 503
         assert server.wait() == 2
         assert any("engine_given_up" in line for line in server.log)
+
+
+def test_engine_that_dies_of_every_request_is_given_up_after_some(tmp_path: Path) -> None:
+    poison = write_model(tmp_path).encode_text("~")
+    with live(tmp_path, {"max_restarts": 1, "drain_timeout_s": 0.2}, crash_on=poison) as server:
+        codes = [server.post(TEXT, ask("~")).json()["error"]["code"] for _ in range(2)]
+        assert codes == ["poison_request", "engine_died"]
+        assert server.wait() == 2
 
 
 def test_slow_reader_gets_everything_and_disturbs_nobody(server: LiveServer) -> None:

@@ -17,8 +17,9 @@ from bittrue.engine.scheduler import Scheduler, SchedulerLimits
 from bittrue.engine.types import Request, SamplingParams
 from bittrue.engine.wire import StepDone, frame
 from bittrue.errors import InvalidRequest
-from bittrue.kv.layout import KVBudget
+from bittrue.kv.layout import KVBudget, pages_for
 from bittrue.kv.manager import KVManager
+from bittrue.model.batch import Segment
 from bittrue.model.presets import make_checkpoint
 
 MAX_CONTEXT = 1 << 20
@@ -158,6 +159,29 @@ def test_a_decode_step_of_the_engine_does_not_grow_with_the_context(directory: P
         costs[num_prompt] = lines
         engine.close()
     assert costs[SHORT] == costs[LONG]
+
+
+def test_a_step_of_several_tokens_does_not_grow_with_the_context(directory: Path) -> None:
+    """As a sequence with drafts has them."""
+    engine = an_engine(directory, max_step_tokens=64)
+    runner = engine.parts.runner
+    for cache in runner.caches:
+        for part in (cache.window, cache.csa, cache.csa_index, cache.hca_fold, cache.hca_pending):
+            if part is not None:
+                part.zero_()
+    costs = {}
+    for num_tokens in (SHORT, LONG):
+        page_ids = tuple(range(pages_for(num_tokens + 5)))
+
+        def one_step(start: int = num_tokens, page_ids: tuple[int, ...] = page_ids) -> None:
+            streams = runner.forward([Segment((5, 6, 7, 8, 9), start, start, 0, page_ids)])
+            assert len(list(runner.logits_by_block(streams, range(5)))) == 1
+
+        one_step()  # captured, its page ids known
+        costs[num_tokens] = lines_run(one_step)
+        assert peak_bytes(one_step) < COPY_BYTES
+    assert costs[SHORT] == costs[LONG]
+    engine.close()
 
 
 def test_a_prompt_beyond_the_kv_memory_is_told_how_many_bytes_it_needs(directory: Path) -> None:

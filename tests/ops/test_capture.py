@@ -48,6 +48,32 @@ def test_two_captured_functions_share_memory_and_do_not_disturb_each_other() -> 
         )
 
 
+def test_captured_functions_that_feed_each_other_in_turns_need_inputs_of_their_own_memory() -> None:
+    """As a step and its drafts: the results of one are overwritten by the next, its inputs are not."""
+    x, norm, _ = inputs()
+    assert OPS.capture is not None
+    own = torch.empty_like(x)
+
+    def forth(ops: OpTable) -> Tensor:
+        return ops.rms_norm(ops.rms_norm(x, norm, 1e-6), norm, 1e-2)
+
+    def back(ops: OpTable) -> Tensor:
+        return ops.rms_norm(ops.rms_norm(ops.rms_norm(own, norm, 1.0), None, 1e-6), norm, 1.0)
+
+    there, again = OPS.capture(forth), OPS.capture(back)
+    overwritten = False
+    for seed in range(4):
+        x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+        result = there.replay()
+        own.copy_(result)
+        want = forth(OPS)
+        assert first_difference(own, want) is None
+        assert first_difference(again.replay(), back(OPS)) is None
+        assert first_difference(own, want) is None
+        overwritten |= first_difference(result, want) is not None
+    assert overwritten, "results were left alone: let callers rely on it, and say so"
+
+
 def test_arithmetic_outside_the_ops_is_refused_not_left_out() -> None:
     x, norm, _ = inputs()
     assert OPS.capture is not None

@@ -21,7 +21,7 @@ from bittrue.kv.offload import OffloadFile, RowStore
 from bittrue.kv.pool import KVPool, allocate, plain_memory
 from bittrue.kv.tiers import TierStore
 from bittrue.model.build import TensorSource, build_mtp, build_parameters
-from bittrue.model.deepseek_v4 import DeepseekV4
+from bittrue.model.deepseek_v4 import DeepseekV4, Parameters
 from bittrue.model.mtp import Mtp
 from bittrue.model.weights import Checkpoint, load_checkpoint, weight, weight_version
 from bittrue.obs.log import Log
@@ -38,9 +38,21 @@ Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Loaded:
+    """A checkpoint in memory, and what follows from it alone: engines of several runs share one."""
+
+    checkpoint: Checkpoint
+    parameters: Parameters
+    tokenizer: Tokenizer
+    compiler: GrammarCompiler
+    weight_version: str
+
+
+@dataclass(frozen=True, slots=True)
 class Assembly:
     """The parts of one engine, and the choices that were resolved while building them."""
 
+    loaded: Loaded
     config: ModelConfig
     level: Level
     act: ActDtype
@@ -86,8 +98,26 @@ def assemble(run: RunConfig, *, progress: Progress | None = None, verified: str 
         raise BackendUnavailable(
             f"device {run.device!r} is not available: this build runs on the CPU; use --device cpu"
         )
-    directory = Path(run.model)
+    return assemble_on(load(Path(run.model), progress=progress, verified=verified), run)
+
+
+def load(directory: Path, *, progress: Progress | None = None, verified: str = "") -> Loaded:
+    """What ``assemble`` loads. Raises CheckpointError, ConfigError."""
     checkpoint = load_checkpoint(directory, verified=verified, progress=progress)
+    tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
+    return Loaded(
+        checkpoint=checkpoint,
+        parameters=build_parameters(checkpoint.config, checkpoint_source(checkpoint)),
+        tokenizer=tokenizer,
+        compiler=GrammarCompiler(tokenizer, checkpoint.config.vocab_size),
+        weight_version=weight_version(checkpoint),
+    )
+
+
+def assemble_on(loaded: Loaded, run: RunConfig) -> Assembly:
+    """The parts of an engine for ``run`` over what is loaded already. Raises ConfigError,
+    BackendUnavailable."""
+    checkpoint = loaded.checkpoint
     config = checkpoint.config
     level, act = numerics(run, config)
     ops = select(run.backend, isa=None if run.isa == "auto" else run.isa, threads=run.threads or None)
@@ -104,9 +134,7 @@ def assemble(run: RunConfig, *, progress: Progress | None = None, verified: str 
     budget = layout.budget(run.max_running, max_snapshots(run, max_context))
     num_pages, num_slots = budget.fit(run.kv_memory, max_context=max_context)
     rows = row_store(run, layout, num_pages)
-    model = DeepseekV4(
-        config, build_parameters(config, checkpoint_source(checkpoint)), ops, level=level, act=act
-    )
+    model = DeepseekV4(config, loaded.parameters, ops, level=level, act=act)
     caches = allocate(
         layout,
         pages=num_pages,
@@ -115,8 +143,8 @@ def assemble(run: RunConfig, *, progress: Progress | None = None, verified: str 
     )
     runner = Runner(model, caches)
     tiers = tier_store(run, layout, log)
-    tokenizer = Tokenizer.from_file(directory / "tokenizer.json")
     return Assembly(
+        loaded=loaded,
         config=config,
         level=level,
         act=act,
@@ -138,9 +166,9 @@ def assemble(run: RunConfig, *, progress: Progress | None = None, verified: str 
         canary=None if run.kv_canary == "off" else Canary(layout, caches, run.kv_canary, log),
         proposer=proposer(run, checkpoint, runner),
         max_context=max_context,
-        tokenizer=tokenizer,
-        compiler=GrammarCompiler(tokenizer, config.vocab_size),
-        weight_version=weight_version(checkpoint),
+        tokenizer=loaded.tokenizer,
+        compiler=loaded.compiler,
+        weight_version=loaded.weight_version,
         ledger=memory_ledger(
             layout,
             config,

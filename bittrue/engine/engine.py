@@ -55,11 +55,14 @@ class Engine:
         *,
         progress: Progress | None = None,
         verified: str = "",
+        parts: Assembly | None = None,
         **knobs: Any,
     ) -> None:
+        """``parts``: what it runs on, where that has been assembled for ``run`` already."""
         self.run = run if run is not None else RunConfig(model=str(model), **knobs)
-        self.parts: Assembly = assemble(self.run, progress=progress, verified=verified)
-        parts = self.parts
+        if parts is None:
+            parts = assemble(self.run, progress=progress, verified=verified)
+        self.parts = parts
         self.config = parts.config
         self.max_context = parts.max_context
         self._runner = parts.runner
@@ -99,6 +102,12 @@ class Engine:
             output = self._outputs.pop(request_id)
             self._ready.append(self._event(output, (), (), Ending("abort")))
 
+    def preempt(self, request_id: str) -> bool:
+        """Pauses a running sequence, which goes on as soon as there is room; False where it does not run."""
+        is_paused = self._scheduler.preempt(request_id)
+        self._move(self._kv.take_moves())
+        return is_paused
+
     def has_work(self) -> bool:
         return bool(self._ready) or self._scheduler.has_work
 
@@ -129,12 +138,16 @@ class Engine:
     def flush(self) -> dict[str, int]:
         """Drops every cached prefix on every tier and says how much there was. Raises BittrueError where
         something stayed."""
-        pages, snapshots = self._kv.flush()
-        self._move(self._kv.take_moves())
-        dropped = {"pages": pages, "snapshots": snapshots}
+        dropped = self.evict()
         if self.parts.tiers is not None:
             dropped |= self.parts.tiers.flush(None)
         return dropped
+
+    def evict(self) -> dict[str, int]:
+        """Drops every cached prefix on the device alone: slower tiers keep what they have."""
+        pages, snapshots = self._kv.flush()
+        self._move(self._kv.take_moves())
+        return {"pages": pages, "snapshots": snapshots}
 
     @property
     def verified(self) -> str:

@@ -163,6 +163,16 @@ class Scheduler:
             self._finish(sequence, reason, is_state_known=seq_id not in self._in_flight)
         return sequence
 
+    def preempt(self, seq_id: str) -> bool:
+        """Take the memory of a running sequence, between two steps; it goes on when it is its turn. False,
+        and nothing changed, for one that does not run."""
+        assert self._planned is None, "a step is under way"
+        sequence = self._live.get(seq_id)
+        if sequence is None or sequence.status != "running":
+            return False
+        self._preempt(sequence)
+        return True
+
     def set_drafts(self, seq_id: str, drafts: tuple[int, ...]) -> None:
         """Guesses at a sequence's next tokens: as many as there is room for are computed in the next step."""
         self._live[seq_id].drafts = drafts[: self.limits.max_draft]

@@ -55,7 +55,7 @@ def test_lines_add_up_to_the_pools_the_weights_and_the_rest(level: Level, act: A
     pools = sum(count for kind, count in lines.items() if kind.startswith(("kv_", "state_")))
     assert pools == layout.pool_bytes(1000, 7)
     assert lines["weights"] == 160 << 30
-    assert lines["tokens"] == 48 * 128_000
+    assert lines["tokens"] == 64 * 128_000
     assert lines["step"] == step_bytes(Shape(), act=act, bounds=BOUNDS)
     assert lines["graphs"] == graph_bytes(Shape(), act=act, pages=1000, bounds=BOUNDS)
     assert lines["process"] == PROCESS_BYTES + 129_280 * 1792

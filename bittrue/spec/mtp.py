@@ -1,15 +1,13 @@
 """Drafts by the checkpoint's own draft module, which feeds on the streams of the last block."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from bittrue.model.batch import Segment, build_batch
 from bittrue.model.mtp import Mtp, MtpInput, once_each
-from bittrue.ops.contracts import Captured, LayerCache
+from bittrue.ops.contracts import Batch, Captured, LayerCache
 from bittrue.spec.proposer import Choose, DraftView
 
 # Rows of a captured call at most: beyond, the kernels take far longer than the Python between them.
@@ -163,6 +161,8 @@ class _Rows:
         self._positions = torch.zeros(capacity, dtype=torch.int32)
         self._next_ids = torch.zeros(capacity, dtype=torch.int64)
         self.streams = torch.zeros(capacity, config.hc_mult, config.hidden_size, dtype=mtp.model.act)
+        self._order = torch.arange(capacity + 1, dtype=torch.int32)
+        self._no_pages = torch.zeros(capacity, 0, dtype=torch.int32)
         self._once = once_each(capacity, config.hc_mult)
 
     def write(self, rows: Sequence[Row], streams: Tensor) -> None:
@@ -176,13 +176,16 @@ class _Rows:
 
     def given(self, count: int) -> MtpInput:
         positions = self._positions[:count]
-        batch = replace(
-            build_batch([Segment((0,), 0, 0, 0, ())] * count),
+        batch = Batch(
             token_ids=self._next_ids[:count],
             positions=positions,
+            seq_ids=self._order[:count],
+            offsets=self._order[: count + 1],
             starts=positions,
             folds=positions,
             slots=self._slots[:count],
+            kept=positions,
+            page_table=self._no_pages[:count],
         )
         ones, identity = self._once
         return MtpInput(batch, self.streams[:count], (ones[:count], identity[:count]))

@@ -307,8 +307,9 @@ class EngineClient:
 
     async def _end_process(self) -> None:
         if self._supervision is None or self._link is None:
-            if self._supervision is not None:
+            if self._supervision is not None:  # between two processes, or behind the last
                 self._supervision.cancel()
+                await asyncio.gather(self._supervision, return_exceptions=True)
             return
         process = self._link.process
         self._send(Shutdown())
@@ -327,6 +328,8 @@ class EngineClient:
             message = await link.read()
         except asyncio.CancelledError:
             process.kill()
+            link.close()
+            await process.wait()
             raise
         if not isinstance(message, Ready):
             code = await process.wait()  # first: at the stream's end it would exit without its last words

@@ -48,7 +48,7 @@ def run_client(
         with EngineProcess.start(config, factory=factory) as process:
             await client.start(process)
             try:
-                return await asyncio.wait_for(body(client), 30)
+                return await asyncio.wait_for(body(client), 100)
             finally:
                 await client.close()
 

@@ -123,14 +123,7 @@ def assemble_on(loaded: Loaded, run: RunConfig) -> Assembly:
     ops = select(run.backend, isa=None if run.isa == "auto" else run.isa, threads=run.threads or None)
     max_context = context_limit(run, config)
     log = Log(sys.stderr, run.log_level)
-    layout = KVLayout.of(
-        config,
-        level=level,
-        act=act,
-        max_draft=0 if run.speculation == "off" else run.max_draft,
-        num_draft_layers=1 if run.speculation == "mtp" else 0,
-        offload=bool(run.offload_dir),
-    )
+    layout = cache_layout(run, config)
     budget = layout.budget(run.max_running, max_snapshots(run, max_context))
     num_pages, num_slots = budget.fit(run.kv_memory, max_context=max_context)
     rows = row_store(run, layout, num_pages)
@@ -176,15 +169,34 @@ def assemble_on(loaded: Loaded, run: RunConfig) -> Assembly:
             pages=num_pages,
             slots=num_slots,
             weight_bytes=checkpoint.num_bytes,
-            bounds=StepBounds(
-                max_step_tokens=run.max_step_tokens,
-                max_running=run.max_running,
-                max_context=max_context,
-                threads=threads_of(ops),
-            ),
+            bounds=step_bounds(run, layout, max_context, threads_of(ops)),
             offload_hot=run.offload_hot,
         ),
         verified=checkpoint.stamp,
+    )
+
+
+def cache_layout(run: RunConfig, config: ModelConfig) -> KVLayout:
+    """What pages and slots hold in this run."""
+    level, act = numerics(run, config)
+    return KVLayout.of(
+        config,
+        level=level,
+        act=act,
+        max_draft=0 if run.speculation == "off" else run.max_draft,
+        num_draft_layers=1 if run.speculation == "mtp" else 0,
+        offload=bool(run.offload_dir),
+    )
+
+
+def step_bounds(run: RunConfig, layout: KVLayout, max_context: int, threads: int) -> StepBounds:
+    """The largest step this run can come to."""
+    return StepBounds(
+        max_step_tokens=run.max_step_tokens,
+        max_running=run.max_running,
+        max_context=max_context,
+        threads=threads,
+        max_draft=layout.max_draft,
     )
 
 

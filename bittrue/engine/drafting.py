@@ -57,11 +57,9 @@ class Drafting:
             if each.part.drafts and each.draw is not None:
                 accepted = len(each.draw.token_ids) - 1
                 self._control.observe_drafts(each.sequence.seq_id, len(each.part.drafts), accepted)
-        decodes = [each for each in live if each.sequence.num_remaining == 1]
-        wants = {
-            each.sequence.seq_id: self._control.length_for(each.sequence.seq_id, len(decodes))
-            for each in decodes
-        }
+        wants = self._wants(live)
+        if self._proposer.is_lazy and not any(wants.values()):
+            return []
         views = [
             DraftView(
                 seq_id=each.sequence.seq_id,
@@ -86,6 +84,11 @@ class Drafting:
         if any(wants.values()):
             self._control.observe_drafting(sum(map(len, proposed)), time.perf_counter() - drafting_s)
         return [(each.sequence.seq_id, d) for each, d in zip(live, proposed, strict=True) if d]
+
+    def _wants(self, live: Seq[Drafted]) -> dict[str, int]:
+        """How many drafts pay, for each sequence that decodes and has more than one token to go."""
+        ids = [each.sequence.seq_id for each in live if each.sequence.num_remaining == 1]
+        return {seq_id: self._control.length_for(seq_id, len(ids)) for seq_id in ids}
 
     def _input(self, each: Drafted, drafts: Seq[int]) -> SampleInput:
         """What the target will be asked at that place, as far as it is known before: a grammar's mask only

@@ -82,6 +82,7 @@ class StepBounds:
     max_running: int
     max_context: int
     threads: int
+    max_draft: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def step_bytes(shape: StepShape, *, act: ActDtype, bounds: StepBounds) -> int:
     lists what it reads (HCA rows, page ids).
     """
     tokens = min(bounds.max_step_tokens, bounds.max_running * bounds.max_context)
-    rows = min(LOGIT_ROWS, bounds.max_running)
+    rows = min(LOGIT_ROWS, bounds.max_running * (1 + bounds.max_draft))
     logits = rows * shape.vocab_size * 4 * _LOGIT_COPIES
     page_table = 2 * 4 * bounds.max_running * pages_for(bounds.max_context)
     cells = max(_INDEX_CELLS, _INDEX_CELLS_PER_THREAD * bounds.threads)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from bittrue.kv.identity import STATE_HEAD, BlobName, page_digest, state_digest
-from bittrue.kv.layout import CSA_RATIO, PAGE_TOKENS, pages_for
+from bittrue.kv.layout import CSA_FRONTIER, CSA_RATIO, PAGE_TOKENS, pages_for
 from bittrue.kv.moves import (
     ClearSlot,
     CopyPage,
@@ -65,9 +65,10 @@ class CachePolicy:
     max_draft: int = 0
 
     def replay_tokens(self, position: int) -> int:
-        """Tokens before ``position`` after whose replay, from nothing, the state there is exact."""
-        open_tokens = position % PAGE_TOKENS
-        return (self.num_layers - 1) * (self.window - 1) + max(self.window, open_tokens)
+        """Tokens before ``position`` after whose replay, from nothing, the state there is exact: the last
+        layer's ring and open rows, and a window less one for every layer below it."""
+        last = max(self.window, CSA_FRONTIER - 1, position % PAGE_TOKENS)
+        return (self.num_layers - 1) * (self.window - 1) + last
 
 
 NO_CACHE = CachePolicy(is_on=False)
@@ -209,7 +210,9 @@ class KVManager:
 
     @property
     def is_fetching(self) -> bool:
-        return any(fetch is not None and not fetch.done for fetch in self._fetches.values())
+        """Whether somebody waits for a fetch. One that has just been done counts until it was looked at: else
+        nobody would be ready, and nothing under way."""
+        return any(fetch is not None for fetch in self._fetches.values())
 
     def wait_for_fetches(self, timeout_s: float) -> None:
         """Sleeps until a fetch is done, if any is under way."""
@@ -518,9 +521,10 @@ class KVManager:
             self._moves.append(LoadPage(name, blob, taken[0]))
             held += taken
             path = self._tree.insert(space, path, tokens[:end], held)
+        depths = {digest: depth for depth, digest in enumerate((space, *(node.digest for node in path)))}
         for name, (tier, blob) in found.items():
-            if name.kind == "state" and name.parent == (path[-1].digest if path else space):
-                self._insert_state(space, path, held, tokens, name, tier, blob)
+            if name.kind == "state" and name.parent in depths:
+                self._insert_state(space, path[: depths[name.parent]], held, tokens, name, tier, blob)
         self._let_go(held)
         fetch.release()
 

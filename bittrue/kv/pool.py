@@ -51,8 +51,9 @@ def _layer_cache(layer: LayerLayout, pages: int, slots: int, allocator: Allocato
 class KVPool:
     """The caches of all layers, and what moves do to them.
 
-    ``save`` takes a blob to the tiers. A blob's bytes depend only on the tokens before its position (and, for
-    a state, on ``fold``): never on ring sizes, so that runs with other draft lengths read each other's.
+    ``save`` takes a blob to the tiers. What of its bytes an answer can depend on depends on the tokens before
+    its position alone: not on ring sizes, so that runs with other draft lengths read each other's. (The last
+    row of a draft layer's ring was computed with the token after it, which only acceptance may notice.)
     """
 
     layout: KVLayout

@@ -26,6 +26,7 @@ _MARGIN: Final = 0.02
 NEW_PAUSE: Final = 8
 FIRST_PAUSE: Final = 32
 LAST_PAUSE: Final = 1024
+LOOK_EVERY: Final = 8  # steps without drafts between two looks at whether they pay
 # A time enters an estimate by this share at least, and counts as at most twice or half of it.
 _TIME_SHARE: Final = 1 / 16
 _TIME_CLIP: Final = 2.0
@@ -95,6 +96,9 @@ class DraftControl:
         assert num_decodes >= 1, "a sequence that decodes is one of those that do"
         most = self.max_draft if free_rows is None else max(0, min(self.max_draft, free_rows))
         state = self._state(seq_id)
+        if 0 < state.num_idle <= state.pause and state.num_idle % LOOK_EVERY:
+            state.num_idle += 1  # it did not pay a moment ago: no need to work it out in every step
+            return 0
         tokens = self._expected_tokens(state, most)
         length = self._best_length(tokens, num_decodes) if self._is_ready(state) else 0
         if length == 0 and most > 0:

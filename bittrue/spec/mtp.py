@@ -44,6 +44,10 @@ class MtpProposer:
         self._stores: dict[int, Captured] = {}
 
     @torch.inference_mode()
+    @property
+    def is_lazy(self) -> bool:
+        return False  # its window ring holds what only this step's streams tell
+
     def after_step(
         self, streams: Tensor, views: Sequence[DraftView], choose: Choose
     ) -> list[tuple[int, ...]]:

@@ -29,6 +29,10 @@ class NgramProposer:
     def __init__(self) -> None:
         self._indexes: dict[str, NgramIndex] = {}
 
+    @property
+    def is_lazy(self) -> bool:
+        return True  # the index catches up by itself
+
     def after_step(
         self, streams: Tensor, views: Sequence[DraftView], choose: Choose
     ) -> list[tuple[int, ...]]:

@@ -33,7 +33,11 @@ class DraftView:
 
 
 class Proposer(Protocol):
-    """Drafts for all live sequences at once."""
+    """Drafts for all live sequences at once. ``is_lazy``: it need not be called after a step where nobody
+    wants drafts."""
+
+    @property
+    def is_lazy(self) -> bool: ...
 
     def after_step(
         self, streams: Tensor, views: Sequence[DraftView], choose: Choose

@@ -173,12 +173,7 @@ class DiskTier:
 
     def flush(self, namespace: bytes | None) -> tuple[int, list[OSError]]:
         """Remove the files of one namespace, or all: how many went, and what could not be removed."""
-        with self._lock:
-            self._generation += 1
-            for key in self._order.keys():
-                if namespace in (None, key[0]):
-                    self._order.remove(key)
-            self._unsound = {key for key in self._unsound if namespace not in (None, key[0])}
+        self._forget_all(namespace)
         removed = 0
         errors: list[OSError] = []
         for path in self._files(namespace, errors):
@@ -192,6 +187,7 @@ class DiskTier:
             else:
                 with suppress(OSError):
                     os.rmdir(os.path.dirname(path))
+        self._forget_all(namespace)  # also what a scan met meanwhile
         return removed, errors
 
     def wait_scanned(self, timeout_s: float) -> bool:
@@ -255,6 +251,15 @@ class DiskTier:
         with self._lock:
             self._order.remove(key)
             self.counters[counter] += 1
+
+    def _forget_all(self, namespace: bytes | None) -> None:
+        """Forget the files of one namespace, or of all, and have a scan under way start again."""
+        with self._lock:
+            self._generation += 1
+            for key in self._order.keys():
+                if namespace in (None, key[0]):
+                    self._order.remove(key)
+            self._unsound = {key for key in self._unsound if namespace not in (None, key[0])}
 
     def _read_failed(self, path: str, error: OSError) -> None:
         self.count("disk.read_failed")

@@ -340,6 +340,8 @@ class EngineClient:
                 f"the engine process ended with code {code} before it was ready; see its output above"
             )
         self._link = link
+        self.metrics.update_engine(self.stats)  # the last of the one before
+        self.metrics.engine_changed()
         self.stats = message.stats
         self.log.info(
             "engine_ready",

@@ -200,7 +200,7 @@ class Metrics:
         (gauge.labels(**labels) if labels else gauge).set(value)
 
     def update_engine(self, stats: EngineNumbers) -> None:
-        """Takes over the engine's numbers; totals that fell come from a restarted engine: count from zero."""
+        """Takes over the engine's numbers. Totals go on over ``engine_changed``."""
         self.set("bittrue_running_sequences", stats.num_running)
         self.set("bittrue_waiting_sequences", stats.num_waiting)
         for state, pages, slots in (
@@ -239,6 +239,10 @@ class Metrics:
             tier, _, event = name.partition(".")
             self._add_total("bittrue_cache_tier_events", total, tier=tier, event=event)
 
+    def engine_changed(self) -> None:
+        """The numbers to come are a new engine's, whose totals began at zero."""
+        self._last_totals.clear()
+
     def update_memory(self, ledger: Mapping[str, int], now: Mapping[str, Resident | None]) -> None:
         """Takes over the engine's ledger, and what is resident by process: nothing of one that has gone."""
         for kind, num_bytes in ledger.items():
@@ -252,8 +256,7 @@ class Metrics:
 
     def _add_total(self, name: str, total: int, **labels: str) -> None:
         key = (name, *labels.values())
-        last = self._last_totals.get(key, 0)
-        self.count(name, total - last if total >= last else total, **labels)
+        self.count(name, total - self._last_totals.get(key, 0), **labels)
         self._last_totals[key] = total
 
     def exposition(self) -> bytes:

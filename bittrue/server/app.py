@@ -102,7 +102,7 @@ class Gate:
         path = scope["path"]
         endpoint = path if path in _PATHS else "other"  # a bounded number of label values
         if path.startswith(_REQUESTS):
-            endpoint = requests.PATH
+            endpoint = _REQUESTS + "{request_id}"
         self._state.metrics.count("bittrue_requests", endpoint=endpoint, status=str(status))
         write = self._state.log.debug if path in ("/health", "/metrics") else self._state.log.info
         write("request", id=request_id, method=scope["method"], path=path, status=status, seconds=seconds)

@@ -72,9 +72,13 @@ def test_every_metric_of_the_table_is_exposed_and_nothing_else() -> None:
 
 def test_engine_totals_go_on_counting_over_a_restart() -> None:
     metrics = Metrics()
-    for total in (5, 9, 9, 2, 3):  # 2: the first number of a restarted engine
-        metrics.update_engine(EngineStats(num_steps_total=total, pages_total=4, pages_free=1, pages_held=3))
-    assert metrics.registry.get_sample_value("bittrue_engine_steps_total") == 12
+    for totals in ((5, 9, 9), (9, 12)):  # the second engine has come as far when it is first seen
+        for total in totals:
+            metrics.update_engine(
+                EngineStats(num_steps_total=total, pages_total=4, pages_free=1, pages_held=3)
+            )
+        metrics.engine_changed()
+    assert metrics.registry.get_sample_value("bittrue_engine_steps_total") == 21
     assert metrics.registry.get_sample_value("bittrue_pages", {"state": "held"}) == 3
 
 

@@ -295,7 +295,8 @@ class Engine:
         segments = [self._segment(part) for part in plan.sequences]
         canary, rows = self.parts.canary, self.parts.row_store
         if canary is not None:
-            canary.before(segments, [self._history(part) for part in plan.sequences])
+            histories = [self._scheduler.sequence(part.seq_id).tokens for part in plan.sequences]
+            canary.before(segments, histories)
         streams = self._runner.forward(segments)
         if canary is not None:
             canary.after(segments)
@@ -312,10 +313,6 @@ class Engine:
     def _segment(self, part: ScheduledSequence) -> Segment:
         known = self._scheduler.sequence(part.seq_id).tokens[part.start : part.end - len(part.drafts)]
         return Segment([*known, *part.drafts], part.start, part.fold, part.slot, part.page_ids, part.kept)
-
-    def _history(self, part: ScheduledSequence) -> Sequence[int]:
-        known = self._scheduler.sequence(part.seq_id).tokens[: part.end - len(part.drafts)]
-        return [*known, *part.drafts]
 
     def _draw(self, plan: StepPlan, streams: Tensor, offsets: Sequence[int]) -> dict[str, Draw]:
         """The next tokens of every sequence that samples: the one after its last known token, and as long as

@@ -10,6 +10,7 @@ from bittrue.engine.journal_file import MAGIC, SEGMENT_BYTES, JournalFile, unusa
 from bittrue.engine.journal_records import (
     Kept,
     Opened,
+    OpenedSequence,
     Origin,
     Record,
     SequenceTokens,
@@ -29,7 +30,7 @@ _TOKEN_BYTES = 5  # at most, of one token id in a record
 
 @dataclass(slots=True)
 class JournalEntry:
-    """One sequence. ``tokens``: all it has so far."""
+    """One sequence. ``tokens``: all it has so far. One that an earlier server left has no prompt."""
 
     request: Request
     tokens: list[int] = field(default_factory=list)
@@ -392,7 +393,11 @@ class Journal:
 
 
 def _opened(response: OpenResponse) -> Opened:
-    return Opened(response.number, response.origin, [entry.resumed() for entry in response.entries])
+    sequences = [
+        OpenedSequence(len(entry.request.prompt), entry.request.params, entry.tokens)
+        for entry in response.entries
+    ]
+    return Opened(response.number, response.origin, sequences)
 
 
 def _ended(response: OpenResponse) -> list[SequenceTokens]:
@@ -406,7 +411,14 @@ def _ended(response: OpenResponse) -> list[SequenceTokens]:
 def _apply(record: Record, by_number: dict[int, OpenResponse | KeptResponse]) -> None:
     match record:
         case Opened(number, origin, sequences):
-            entries = [JournalEntry(request, list(request.resume)) for request in sequences]
+            entries = [
+                JournalEntry(
+                    Request(request_id=f"{origin.response_id}/{index}", prompt=(), params=sequence.params),
+                    sequence.token_ids,
+                    index=index,
+                )
+                for index, sequence in enumerate(sequences)
+            ]
             by_number[number] = OpenResponse(number, origin, entries)
         case Kept(number, origin, status, finished_at, body):
             by_number[number] = KeptResponse(number, origin, status, finished_at, body)

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from bittrue.engine.types import FinishReason, Request
+from bittrue.engine.types import FinishReason, SamplingParams
 
 
 class Origin(msgspec.Struct, frozen=True, array_like=True):
@@ -16,12 +16,20 @@ class Origin(msgspec.Struct, frozen=True, array_like=True):
     created: int  # Unix seconds
 
 
+class OpenedSequence(msgspec.Struct, frozen=True, array_like=True):
+    """One sequence of a response. The prompt itself is not written: only a running server computes again."""
+
+    num_prompt_tokens: int
+    params: SamplingParams
+    token_ids: list[int]  # so far
+
+
 class Opened(msgspec.Struct, frozen=True, array_like=True, tag="opened"):
-    """A response was begun, or goes on in this segment: ``resume`` of a sequence holds its tokens so far."""
+    """A response was begun, or goes on in this segment with what it has so far."""
 
     number: int  # names the response in Tokens
     origin: Origin
-    sequences: list[Request]
+    sequences: list[OpenedSequence]
 
 
 class SequenceTokens(msgspec.Struct, frozen=True, array_like=True):

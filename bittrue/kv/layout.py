@@ -237,8 +237,8 @@ class KVLayout:
         return sum(layer.slot_bytes for layer in self.layers)
 
     def digest(self) -> bytes:
-        """What the bytes of a page or a state mean: kinds, formats and widths of the layers. Ring sizes do not
-        matter."""
+        """What the bytes of a page or a state mean: kinds, formats and widths of the layers, not the sizes of
+        rings."""
         facts = [
             (x.kind, repr(x.row_format), repr(x.key_format), part.name, part.dtype, part.shape[1:])
             for x in self.layers

@@ -8,8 +8,8 @@ hands out; whoever runs steps carries them out before the next one.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from bittrue.kv.fetching import Fetch, Tiers, worth_fetching
 from bittrue.kv.identity import STATE_HEAD, BlobName, page_digest, state_digest
 from bittrue.kv.layout import CSA_FRONTIER, CSA_RATIO, PAGE_TOKENS, pages_for
 from bittrue.kv.moves import (
@@ -24,30 +24,6 @@ from bittrue.kv.moves import (
 )
 from bittrue.kv.pages import PagePool, SlotPool
 from bittrue.kv.prefix import Match, Node, PrefixTree, Snapshot
-
-
-class Fetch(Protocol):
-    """Blobs on their way out of the tiers: by name, with the tier each came from. Bad or missing ones are
-    absent; ``rest`` is to be asked for once these are used."""
-
-    @property
-    def done(self) -> bool: ...
-    @property
-    def result(self) -> dict[BlobName, tuple[str, bytes]]: ...
-    @property
-    def rest(self) -> tuple[BlobName, ...]: ...
-    def release(self) -> None: ...
-    def wait(self, timeout_s: float) -> None: ...
-
-
-class Tiers(Protocol):
-    """What the manager asks of the tiers (kv/tiers.py has it). ``has``: the tier, or None; ``states``:
-    (offset, digest) of the states below a chain digest."""
-
-    def has(self, space: bytes, name: BlobName, /) -> str | None: ...
-    def states(self, space: bytes, parent: bytes, /) -> list[tuple[int, bytes]]: ...
-    def fetch(self, space: bytes, names: Sequence[BlobName], /) -> Fetch: ...
-    def touch(self, space: bytes, name: BlobName, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +173,16 @@ class KVManager:
         if self.tiers is None or limit <= 0:
             return True
         if seq_id not in self._fetches:
-            names = self._worth_fetching(space, tokens, limit)
+            device = self._best_hit(space, tokens, limit)
+            names = worth_fetching(
+                self.tiers,
+                space,
+                tokens,
+                limit,
+                device=device.match,
+                device_start=device.start,
+                replay_tokens=self.policy.replay_tokens,
+            )
             self._fetches[seq_id] = self.tiers.fetch(space, names) if names else None
         fetch = self._fetches[seq_id]
         if fetch is None or not fetch.done:
@@ -465,41 +450,6 @@ class KVManager:
 
     # ---- tiers -------------------------------------------------------------------------------------------
 
-    def _worth_fetching(self, space: bytes, tokens: Sequence[int], limit: int) -> list[BlobName]:
-        """The pages, in order, and the state to resume from, if the tiers have more than the device."""
-        assert self.tiers is not None
-        device = self._best_hit(space, tokens, limit)
-        full = [node for node in device.match.path if node.is_full][: device.match.length // PAGE_TOKENS]
-        chain = [space, *(node.digest for node in full)]
-        pages: list[BlobName] = []
-        while (end := len(chain) * PAGE_TOKENS) <= limit:
-            digest = page_digest(chain[-1], tokens[end - PAGE_TOKENS : end])
-            name = BlobName("page", chain[-1], PAGE_TOKENS, digest)
-            if self.tiers.has(space, name) is None:
-                break
-            pages.append(name)
-            chain.append(digest)
-        length = max(device.match.length, (len(chain) - 1) * PAGE_TOKENS)
-        from_nothing = length - self.policy.replay_tokens(length)
-        least = max(device.start, from_nothing)
-        for depth in range(len(chain) - 1, -1, -1):
-            start = depth * PAGE_TOKENS
-            if start + PAGE_TOKENS <= least:
-                break
-            open_tokens = tokens[start : min(start + PAGE_TOKENS - 1, limit)]
-            state = self._stored_state(space, chain[depth], open_tokens)
-            if state is not None and start + state.offset > least:
-                return [*pages[: max(0, depth - len(full))], state]
-        return pages if from_nothing > device.start else []
-
-    def _stored_state(self, space: bytes, parent: bytes, open_tokens: Sequence[int]) -> BlobName | None:
-        """The deepest stored state whose open tokens begin ``open_tokens``."""
-        assert self.tiers is not None
-        for offset, digest in sorted(self.tiers.states(space, parent), reverse=True):
-            if offset <= len(open_tokens) and state_digest(parent, open_tokens[:offset]) == digest:
-                return BlobName("state", parent, offset, digest)
-        return None
-
     def _insert_fetched(self, seq_id: str, tokens: Sequence[int], space: bytes) -> None:
         """What a fetch brought becomes part of the tree, as far as there is room."""
         fetch = self._fetches.pop(seq_id, None)
@@ -512,67 +462,54 @@ class KVManager:
         held = [node.page for node in path]  # not to be evicted for what comes after them
         for page in held:
             self._pages.retain(page)
-        while (data := self._fetched_page(found, path, tokens, space)) is not None:
-            taken = self._take_pages(1)
+        parent = path[-1].digest if path else space
+        for start in range(len(path) * PAGE_TOKENS, len(tokens) - PAGE_TOKENS + 1, PAGE_TOKENS):
+            digest = page_digest(parent, tokens[start : start + PAGE_TOKENS])
+            name = BlobName("page", parent, PAGE_TOKENS, digest)
+            taken = self._take_pages(1) if name in found else None
             if taken is None:
                 break
-            end = (len(path) + 1) * PAGE_TOKENS
-            name, blob = data
-            self._moves.append(LoadPage(name, blob, taken[0]))
+            self._moves.append(LoadPage(name, found[name][1], taken[0]))
             held += taken
-            path = self._tree.insert(space, path, tokens[:end], held)
+            parent = digest
+        path = self._tree.insert(space, path, tokens[: len(held) * PAGE_TOKENS], held)
         depths = {digest: depth for depth, digest in enumerate((space, *(node.digest for node in path)))}
-        for name, (tier, blob) in found.items():
+        for name in found:
             if name.kind == "state" and name.parent in depths:
-                self._insert_state(space, path[: depths[name.parent]], held, tokens, name, tier, blob)
+                state_path = path[: depths[name.parent]]
+                self._let_go(self._insert_state(space, state_path, tokens, name, found[name]))
         self._let_go(held)
         fetch.release()
-
-    def _fetched_page(
-        self,
-        found: dict[BlobName, tuple[str, bytes]],
-        path: Sequence[Node],
-        tokens: Sequence[int],
-        space: bytes,
-    ) -> tuple[BlobName, bytes] | None:
-        start = len(path) * PAGE_TOKENS
-        if len(tokens) < start + PAGE_TOKENS:
-            return None
-        parent = path[-1].digest if path else space
-        digest = page_digest(parent, tokens[start : start + PAGE_TOKENS])
-        name = BlobName("page", parent, PAGE_TOKENS, digest)
-        return (name, found[name][1]) if name in found else None
 
     def _insert_state(
         self,
         space: bytes,
         path: list[Node],
-        held: list[int],
         tokens: Sequence[int],
         name: BlobName,
-        tier: str,
-        blob: bytes,
-    ) -> None:
+        found: tuple[str, bytes],
+    ) -> tuple[int, ...]:
+        """A fetched state becomes a snapshot. Returns the page of its open rows, still held, if it has one."""
+        tier, blob = found
         start = len(path) * PAGE_TOKENS
         position, fold = STATE_HEAD.unpack_from(blob)
         open_tokens = tuple(tokens[start : start + name.offset])
         node = path[-1] if path else self._tree.root(space)
         if position - fold > self.policy.max_draft or open_tokens in node.snapshots:
-            return  # written by a run with longer drafts: this one's rings cannot hold it
+            return ()  # written by a run with longer drafts: this one's rings cannot hold it
         page = self._take_pages(1) if open_tokens else ()
         if page is None:
-            return
+            return ()
         slot = self._slots.allocate()
         if slot is None:
             slot = self._tree.evict_snapshot()
         if slot is None:
-            self._let_go(page)
-            return
+            return page
         self._moves.append(LoadState(name, blob, slot, page[0] if page else None, position))
         if page:
-            held += page
             self._tree.insert(space, path, tokens[:position], [*(n.page for n in path), *page])
         self._tree.hang(space, path, open_tokens, slot, fold).tier = tier
+        return page
 
     # ---- the cache as a whole ----------------------------------------------------------------------------
 

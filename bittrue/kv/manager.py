@@ -489,7 +489,7 @@ class KVManager:
         name: BlobName,
         found: tuple[str, bytes],
     ) -> tuple[int, ...]:
-        """A fetched state becomes a snapshot. Returns the page of its open rows, still held, if it has one."""
+        """A fetched state becomes a snapshot. Returns the page of its open rows, still held, if any."""
         tier, blob = found
         start = len(path) * PAGE_TOKENS
         position, fold = STATE_HEAD.unpack_from(blob)

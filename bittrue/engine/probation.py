@@ -7,7 +7,7 @@ from dataclasses import dataclass
 # Sent from outside, by an operator or for want of memory: they say little about what the engine ran.
 _OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP)
 _DEATHS = 2  # of a request, at the last of them alone
-_DEATHS_FROM_OUTSIDE = 3  # every one of them alone
+_DEATHS_FROM_OUTSIDE = 3  # every one of them alone, and nothing else left to try
 
 
 @dataclass(slots=True)
@@ -29,7 +29,8 @@ class Probation:
     **only a request that had the engine to itself is ever given up**, and its end clears all others.
 
     Given up is who was there at two deaths in a row without a token between, alone at the second. Signals
-    that come from outside need three, all of them alone: an operator may well kill twice.
+    that come from outside are held against a request only where the server would have to give up itself: an
+    operator may kill often, and a slow start makes it likely that the same request is hit.
     """
 
     def __init__(self) -> None:
@@ -88,8 +89,9 @@ class Probation:
         """The engine has taken in the abort."""
         self._leaving.discard(name)
 
-    def died(self, exit_code: int) -> str | None:
-        """The engine has gone. Returns the request that is given up, if there is one to blame."""
+    def died(self, exit_code: int, *, is_last: bool) -> str | None:
+        """The engine has gone. Returns the request that is given up, if there is one to blame. ``is_last``:
+        without one there will be no engine again."""
         there = list(self._given)
         is_alone = len(there) == 1 and not self._leaving
         for name in there:
@@ -102,7 +104,7 @@ class Probation:
         self._given.clear()
         self._leaving.clear()
         self._on_probation = None
-        if is_alone and self._is_to_blame(there[0], exit_code):
+        if is_alone and self._is_to_blame(there[0], exit_code, is_last):
             del self._deaths[there[0]]
             self._waiting.extendleft(reversed(self._suspects))  # the deaths are explained
             self._suspects.clear()
@@ -111,10 +113,10 @@ class Probation:
         self._suspects.extendleft(reversed([*first, *silent, *others]))
         return None
 
-    def _is_to_blame(self, name: str, exit_code: int) -> bool:
+    def _is_to_blame(self, name: str, exit_code: int, is_last: bool) -> bool:
         deaths = self._deaths[name]
         if exit_code in _OUTSIDE:
-            return deaths.alone >= _DEATHS_FROM_OUTSIDE
+            return is_last and deaths.alone >= _DEATHS_FROM_OUTSIDE
         return deaths.all >= _DEATHS
 
     def _passed(self, name: str) -> list[str]:

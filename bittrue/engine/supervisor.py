@@ -406,7 +406,8 @@ class EngineClient:
 
     def _blame(self, exit_code: int) -> None:
         """Ends the request the engine died of, if that is known now."""
-        request_id = self._probation.died(exit_code)
+        is_last = self._num_fruitless_restarts >= self.config.max_restarts
+        request_id = self._probation.died(exit_code, is_last=is_last)
         if request_id is None:
             return
         self.log.error("request_given_up", id=request_id, code=exit_code)

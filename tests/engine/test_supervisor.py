@@ -15,6 +15,7 @@ from bittrue.engine.types import Request
 from bittrue.errors import BittrueError, NotFlushed, PoisonRequest
 
 NUM_STREAMS = 32
+MAX_RESTARTS = 3
 POISON = (901, 902, 903)  # tokens of prompts; the walk stays below 200
 
 
@@ -69,14 +70,15 @@ def test_poisons_are_answered_with_an_error_and_the_others_get_their_tokens(
             else:
                 assert result == undisturbed[request.request_id], i
         assert gauge(client, "bittrue_poison_requests_total") == len(places)
-        per_poison = 5 if exit_signal == signal.SIGKILL else 3
+        per_poison = MAX_RESTARTS + 2 if exit_signal == signal.SIGKILL else 3
         assert (gauge(client, "bittrue_engine_restarts_total") or 0) <= (per_poison + 1) * len(places)
         assert is_conserved(await client.fresh_stats())
         assert len(client.journal) == 0
         # Nothing of it stays: the next ones batch as ever.
         assert await collect(client, innocent) == undisturbed
 
-    run_client(tmp_path, body, options=StandinOptions(step_s=0.002, poisons=poisons))
+    options = StandinOptions(step_s=0.002, poisons=poisons)
+    run_client(tmp_path, body, options=options, max_restarts=MAX_RESTARTS)
 
 
 def test_20_random_kills_under_32_streams_change_no_token(tmp_path: Path) -> None:

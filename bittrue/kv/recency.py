@@ -125,8 +125,6 @@ class Recency:
             del self._page_at[name.digest]
         above = self._page_at.get(name.parent)
         if above is not None:
-            # Whoever used this blob went through the one above.
-            above.stamp = max(above.stamp, entry.stamp)
             self._offer(above)
         return entry
 

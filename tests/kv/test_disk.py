@@ -181,6 +181,7 @@ def test_a_file_of_another_layout_is_left_until_saved_anew(tmp_path: Path) -> No
         assert tier.read(SPACE, name) is None
         assert not tier.has(SPACE, name) and len(files(tmp_path)) == 1
         assert tier.write(SPACE, name, b"mine  ")
+        assert tier.has(SPACE, name)
         assert tier.read(SPACE, name) == b"mine  "
         assert count(tier) == {"foreign": 1, "saved": 1, "hit": 1}
 

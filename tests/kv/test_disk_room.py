@@ -257,6 +257,26 @@ def test_a_directory_is_made_for_its_owner_alone(tmp_path: Path) -> None:
     assert (tmp_path / "a/b").stat().st_mode & 0o777 == 0o700
 
 
+def test_what_hangs_on_a_page_that_was_not_written_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = chain(2)
+    tier = DiskTier(tmp_path, budget_bytes=2**20, layout=LAYOUT, log=Log(io.StringIO()))
+    with monkeypatch.context() as patch:
+        patch.setattr(disk_room, "_FIRST_PAUSE_S", 0.0)
+        with monkeypatch.context() as disk:
+            disk.setattr(os, "write", no_write)
+            assert not tier.write(SPACE, first, DATA)
+        assert not tier.write(SPACE, second, DATA)  # it could be, but not be reached
+        assert tier.write(SPACE, first, DATA)
+        assert tier.write(SPACE, second, DATA)
+    tier.close()
+
+
+def no_write(fd: int, data: bytes) -> int:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
 def test_pauses_double_until_a_write_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     story, page = io.StringIO(), chain(1)[0]
     tier = DiskTier(tmp_path, budget_bytes=2**20, layout=LAYOUT, log=Log(story))
@@ -265,11 +285,7 @@ def test_pauses_double_until_a_write_works(tmp_path: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(disk_room.time, "monotonic", lambda: now)
         real = os.write
-
-        def fail(fd: int, data: bytes) -> int:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-        patch.setattr(os, "write", fail)
+        patch.setattr(os, "write", no_write)
         for pause_s in (1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300):
             assert not tier.write(SPACE, page, DATA)  # fails
             now += pause_s - 0.01

@@ -233,16 +233,49 @@ def test_a_flush_leaves_nothing_of_a_namespace_anywhere(tmp_path: Path) -> None:
         assert len(fetched(store, pages)) == 40
 
 
-def test_a_flush_ends_the_fetches_under_way(tmp_path: Path) -> None:
-    pages = chain(100)
-    with tier_store(tmp_path, host_bytes=0) as store:
-        save(store, pages, num_bytes=20_000)
-        assert store.drain(10)
+class Gate:
+    """A system call that waits until it is let through."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+        self.call = getattr(os, name)
+        monkeypatch.setattr(os, name, self)
+
+    def __call__(self, *arguments: object) -> object:
+        self.reached.set()
+        assert self.opened.wait(10)
+        return self.call(*arguments)
+
+
+def test_a_flush_ends_the_fetches_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = chain(10)
+    with tier_store(tmp_path) as store:
+        save(store, pages)
+    with tier_store(tmp_path) as store:
+        gate = Gate(monkeypatch, "pread")
         fetch = store.fetch(SPACE, pages)
-        store.flush(None)
+        assert gate.reached.wait(10)
+        assert store.flush(None)["disk"] == 10
+        gate.opened.set()
         fetch.wait(10)
-        assert fetch.done
-        assert store.sizes()["host"] == 0
+        assert fetch.result == {}
+        assert store.sizes() == {"host": 0, "disk": 0, "queue": 0, "fetch": 0}
+
+
+def test_a_flush_waits_for_the_write_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = chain(2)
+    with tier_store(tmp_path) as store:
+        gate = Gate(monkeypatch, "write")
+        save(store, pages)
+        assert gate.reached.wait(10)
+        flush = threading.Thread(target=store.flush, args=(None,))
+        flush.start()
+        flush.join(0.05)
+        assert flush.is_alive()
+        gate.opened.set()
+        flush.join(10)
+        assert not any(store.has(SPACE, page) for page in pages)
+        assert list(tmp_path.rglob("*.kv")) == []
 
 
 def test_a_flush_that_leaves_a_file_says_so(tmp_path: Path) -> None:
@@ -379,7 +412,7 @@ class TiersAgainstADict(RuleBasedStateMachine):
 
 def test_what_is_fetched_is_what_was_saved_or_nothing() -> None:
     run_state_machine_as_test(
-        TiersAgainstADict, settings=settings(max_examples=40, stateful_step_count=30, deadline=None)
+        TiersAgainstADict, settings=settings(max_examples=25, stateful_step_count=30, deadline=None)
     )
 
 

@@ -50,7 +50,7 @@ class ServerState:
     def kv_memory_for(self, num_tokens: int) -> int:
         """The --kv-memory, in bytes, that one sequence of so many tokens needs."""
         memory = self.client.ready.memory
-        budget = KVBudget(memory.page_bytes, memory.slot_bytes, self.config.max_running)
+        budget = KVBudget(memory.page_bytes, memory.slot_bytes, self.config.max_running, memory.max_snapshots)
         return budget.needed_for(num_tokens)
 
     @property

@@ -115,29 +115,30 @@ class Canary:
     # ---- a step ------------------------------------------------------------------------------------------
 
     def before(self, segments: Sequence[StepSegment], histories: Sequence[Sequence[int]]) -> None:
-        """Verifies everything that the step can read. ``histories[i]``: the tokens of the sequence of
-        segment i, at least those before its start.
+        """Verifies everything that the step can read. ``histories[i]``: the known tokens of the sequence of
+        segment i, at least those before its ``start`` and before its ``kept``.
 
         Raises KVCorrupted in mode raise; the step must not run then.
         """
         self._steps = []
         reads: dict[str, list[Reads]] = {key: [] for key in self._units}
-        faults = []
+        faults: list[Fault] = []
+        shallow: list[Fault] = []
         for segment, history in zip(segments, histories, strict=True):
-            tokens = np.array([*history[: segment.start], *segment.token_ids], dtype=np.int64)
-            assert len(tokens) == segment.start + len(segment.token_ids), (
-                "the history ends before the segment"
-            )
-            hashes = prefix_hashes(tokens)
-            self._claim(segment, tokens, hashes)
+            known = np.array(history[: max(segment.start, segment.kept)], dtype=np.int64)
+            assert len(known) == max(segment.start, segment.kept), "the history is too short"
+            assert segment.fold <= segment.start, "the running pool stands after the segment's start"
+            self._claim(segment, known)
+            step_tokens = np.array(segment.token_ids, dtype=np.int64)
+            hashes = prefix_hashes(np.concatenate((known[: segment.start], step_tokens)))
             for key, read in self._reads(segment, hashes):
                 reads[key].append(read)
             step, late = self._exactness(segment, hashes)
             self._steps.append(step)
-            faults += late
+            shallow += late
         for key, parts in reads.items():
             faults += verify(self._units[key], parts)
-        self._report(faults)
+        self._report(faults + shallow)
 
     def after(self, segments: Sequence[StepSegment]) -> None:
         """Records what the step has written: the same segments as in ``before``."""
@@ -241,8 +242,8 @@ class Canary:
                 -1,
                 f"slot {segment.slot}",
                 position,
-                f"{self.num_layers} exact layers",
-                f"{depth}: the replay began too late",
+                "rows that are exact in every layer",
+                f"{depth} such layers: the replay began too late",
             )
             for part, position, depth in lacking
         ]
@@ -251,7 +252,8 @@ class Canary:
     def _shallow_entries(
         self, segment: StepSegment, depths: Depths, exact: int
     ) -> Iterator[tuple[str, int, int]]:
-        """The first compressed entries that the step writes, where they pool tokens that are not exact."""
+        """The first compressed entries that the step writes, where a layer of theirs pools tokens whose rows
+        are not exact there."""
         end = segment.start + len(segment.token_ids)
         for key, ratio, ring, pooled in (
             ("csa_rows", CSA_RATIO, "frontier", CSA_FRONTIER),
@@ -260,7 +262,7 @@ class Canary:
             last = ratio * (exact // ratio) + ratio - 1
             if key in self._units and last < end:
                 depth = self._depth_at(segment, depths, ring, max(0, last - pooled + 1), last)
-                if depth < self.num_layers:
+                if depth <= self._units[key].parts[-1].layer:
                     yield self._units[key].title, last, depth
 
     def _depth_at(self, segment: StepSegment, depths: Depths, ring: str, position: int, until: int) -> int:
@@ -340,8 +342,12 @@ class Canary:
             self._names.pop(page, None)
             self._loaded_pages.pop(page, None)
 
-    def _claim(self, segment: StepSegment, tokens: Indices, hashes: Hashes) -> None:
-        """Tags what was loaded for this sequence, if the names of the blobs are those of its tokens."""
+    def _claim(self, segment: StepSegment, tokens: Indices) -> None:
+        """Tags what was loaded for this sequence, if the names of the blobs are those of its ``tokens``: all
+        that it can find stored."""
+        if not self._loaded_pages and segment.slot not in self._loaded_states:
+            return
+        hashes = prefix_hashes(tokens)
         full = np.int16(self.num_layers + 1)
         if self._loaded_pages:
             for index, page in enumerate(segment.page_ids):
@@ -352,14 +358,14 @@ class Canary:
                 for key, ratio in (("csa_rows", CSA_RATIO), ("hca_rows", HCA_RATIO)):
                     if key in self._units:
                         first = index * PAGE_TOKENS // ratio
-                        entries = np.arange(first, first + name.offset // ratio)
+                        entries = np.arange(first, min(first + name.offset // ratio, len(tokens) // ratio))
                         units = page * (PAGE_TOKENS // ratio) + entries - first
                         last = ratio * entries + ratio - 1
                         self._units[key].mark(units, hashes[last + 1], last, np.full(len(last), full))
         state = self._loaded_states.pop(segment.slot, None)
         if state is None or state.position != segment.start:
             return
-        if not self._is_of(state.name, segment, tokens, state.position // PAGE_TOKENS):
+        if not self._is_of(state.name, segment, tokens[: segment.start], state.position // PAGE_TOKENS):
             return
         fold = STATE_HEAD.unpack_from(state.data)[1]
         for key, first in (
@@ -378,13 +384,17 @@ class Canary:
 
     def _is_of(self, name: BlobName, segment: StepSegment, tokens: Indices, index: int) -> bool:
         """Whether a blob of this name belongs at page ``index`` of the sequence: by its own tokens, and by
-        the name of the page before it where that has one."""
+        the name of the page before it where that has one.
+
+        Of a copied page the sequence may share the beginning only; what it shares is then judged by the pages
+        before it, for a digest tells no beginning.
+        """
+        before = self._names.get(segment.page_ids[index - 1]) if index else None
+        if before is not None and before.digest != name.parent:
+            return False
         own = tokens[index * PAGE_TOKENS : index * PAGE_TOKENS + name.offset].tolist()
         digest = page_digest if name.kind == "page" else state_digest
-        if len(own) != name.offset or name.digest != digest(name.parent, own):
-            return False
-        before = self._names.get(segment.page_ids[index - 1]) if index else None
-        return before is None or before.digest == name.parent
+        return len(own) < name.offset or name.digest == digest(name.parent, own)
 
     # ---- faults ------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import TypeVar
 
 from bittrue.kv.identity import page_digest
@@ -47,7 +47,10 @@ class Snapshot:
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One page. ``digest`` is the hash chain up to its end; empty while the page is not full."""
+    """One page. ``digest`` is the hash chain up to its end; empty while the page is not full.
+
+    ``last_used``: of what goes on below it, only what is gone counts.
+    """
 
     tokens: Tokens
     page: int  # -1 at a root
@@ -59,6 +62,7 @@ class Node:
     lengths: "Counter[int]" = field(default_factory=Counter)  # of the keys of ``snapshots``
     last_used: int = 0
     is_alive: bool = True
+    is_listed: bool = False  # it waits among the leaves
 
     @property
     def is_full(self) -> bool:
@@ -124,6 +128,7 @@ class PrefixTree:
         # Candidates, oldest first, each with the time it had when it was put here.
         self._leaves: list[tuple[int, int, Node]] = []
         self._states: list[tuple[int, int, Snapshot]] = []
+        self.version = 0  # another one whenever something else may be found
         self.num_snapshots = 0
         self.num_evicted_pages = 0
         self.num_evicted_snapshots = 0
@@ -131,11 +136,9 @@ class PrefixTree:
     # ---- looking up --------------------------------------------------------------------------------------
 
     def root(self, space: bytes) -> Node:
-        """Where the paths of a namespace begin; made when it is first asked for."""
+        """Where the paths of a namespace begin. It is in the tree while it has pages below it."""
         found = self._roots.get(space)
-        if found is None:
-            found = self._roots[space] = Node((), -1, None, 0, digest=space)
-        return found
+        return found if found is not None else Node((), -1, None, 0, digest=space)
 
     def match(self, space: bytes, tokens: Sequence[int], limit: int) -> Match:
         """What is known of the first ``limit`` tokens. Changes nothing."""
@@ -167,8 +170,8 @@ class PrefixTree:
     def touch(self, match: Match) -> None:
         """The match is used now."""
         self._clock += 1
-        for node in match.path:
-            node.last_used = self._clock
+        if match.path:
+            match.path[-1].last_used = self._clock
         if match.snapshot is not None:
             match.snapshot.last_used = self._clock
 
@@ -188,8 +191,8 @@ class PrefixTree:
             parent = nodes[-1] if nodes else self.root(space)
             piece = tuple(tokens[start : start + PAGE_TOKENS])
             nodes.append(self._insert_page(parent, piece, pages[start // PAGE_TOKENS]))
-        for node in nodes:
-            node.last_used = self._clock
+        if nodes:
+            nodes[-1].last_used = self._clock
         return nodes
 
     def _insert_page(self, parent: Node, piece: Tokens, page: int) -> Node:
@@ -202,10 +205,13 @@ class PrefixTree:
             near.tokens = piece
             node = near
         else:
+            if parent.parent is None:
+                self._roots[parent.digest] = parent
             node = Node(piece, page, parent, parent.end + len(piece))
             parent.children.insert(bisect_left(parent.children, piece, key=_tokens), node)
             self._pages.keep(page)
             self._node_of[page] = node
+        self.version += 1
         if node.is_full:
             node.digest = page_digest(parent.digest, piece)
         return node
@@ -232,6 +238,10 @@ class PrefixTree:
         node.snapshots[tokens] = snapshot
         node.lengths[len(tokens)] += 1
         self.num_snapshots += 1
+        self.version += 1
+        if len(self._states) > 2 * self.num_snapshots + 64:  # most of them are no more
+            self._states = [entry for entry in self._states if entry[2].is_alive]
+            heapify(self._states)
         self._push(self._states, snapshot.last_used, snapshot)
         return snapshot
 
@@ -241,7 +251,7 @@ class PrefixTree:
         """The last sequence has let go of a page of the tree: it can be evicted from now on."""
         node = self._node_of.get(page)
         if node is not None and not node.children:
-            self._push(self._leaves, node.last_used, node)
+            self._list(node)
 
     def evict_snapshot(self) -> int | None:
         """Drops the snapshot used longest ago: its slot, held by the caller; None when there is none."""
@@ -263,6 +273,7 @@ class PrefixTree:
             del node.lengths[len(snapshot.tokens)]
         snapshot.is_alive = False
         self.num_snapshots -= 1
+        self.version += 1
         self._slots.uncache(snapshot.slot)
         return snapshot.slot
 
@@ -270,10 +281,11 @@ class PrefixTree:
         """Frees the page of the leaf used longest ago that no sequence holds. False when there is none."""
         while self._leaves:
             used, _, node = heappop(self._leaves)
+            node.is_listed = False
             if not node.is_alive or node.children or self._pages.owners(node.page):
                 continue  # it comes back when it can be evicted again
             if node.last_used != used:
-                self._push(self._leaves, node.last_used, node)
+                self._list(node)
                 continue
             self.num_evicted_pages += 1
             self._remove(node)
@@ -283,6 +295,7 @@ class PrefixTree:
     def flush(self) -> tuple[int, int]:
         """Forgets everything: (pages, snapshots) that were known. Pages that sequences hold stay theirs."""
         counts = (len(self._node_of), self.num_snapshots)
+        self.version += 1
         for node in list(self._nodes()):
             for snapshot in list(node.snapshots.values()):
                 self._slots.release(self.take_slot(snapshot))
@@ -304,9 +317,13 @@ class PrefixTree:
         for snapshot in list(node.snapshots.values()):
             self._drop_snapshot(snapshot)
         # Those of the parent that stand on the open rows of this page, unless a sibling has them too.
-        for tokens, snapshot in list(parent.snapshots.items()):
-            if tokens and node.tokens[: len(tokens)] == tokens and parent.nearest(tokens)[1] < len(tokens):
-                self._drop_snapshot(snapshot)
+        shared = parent.nearest(node.tokens)[1]
+        for length in [length for length in parent.lengths if shared < length <= len(node.tokens)]:
+            found = parent.snapshots.get(node.tokens[:length])
+            if found is not None:
+                self._drop_snapshot(found)
+        parent.last_used = max(parent.last_used, node.last_used)
+        self.version += 1
         node.is_alive = False
         del self._node_of[node.page]
         self._pages.drop(node.page)
@@ -315,11 +332,16 @@ class PrefixTree:
         if parent.parent is None:
             del self._roots[parent.digest]
         elif not self._pages.owners(parent.page):
-            self._push(self._leaves, parent.last_used, parent)
+            self._list(parent)
 
     def _drop_snapshot(self, snapshot: Snapshot) -> None:
         self.num_evicted_snapshots += 1
         self._slots.release(self.take_slot(snapshot))
+
+    def _list(self, node: Node) -> None:
+        if not node.is_listed:
+            node.is_listed = True
+            self._push(self._leaves, node.last_used, node)
 
     def _push(self, heap: list[tuple[int, int, _Item]], used: int, item: _Item) -> None:
         self._serial += 1

@@ -39,7 +39,7 @@ def next_token(tokens: list[int]) -> int:
 
 def commit(scheduler: Scheduler, plan: StepPlan) -> tuple[Sequence, ...]:
     outputs = [
-        SequenceOutput(part.seq_id, next_token(scheduler.sequence(part.seq_id).tokens))
+        SequenceOutput(part.seq_id, (next_token(scheduler.sequence(part.seq_id).tokens),))
         for part in plan.sequences
         if part.samples
     ]
@@ -319,7 +319,7 @@ def test_a_sequence_aborted_during_its_step_takes_nothing_from_it() -> None:
     assert plan is not None
     scheduler.abort("a")
     again = scheduler.add(request("a", 5), 1.0)
-    assert scheduler.commit(plan, (SequenceOutput("a", 1), SequenceOutput("b", 2))) == ()
+    assert scheduler.commit(plan, (SequenceOutput("a", (1,)), SequenceOutput("b", (2,)))) == ()
     scheduler.check()
     assert again.tokens == [0, 1, 2, 3, 4] and again.num_computed == 0
     assert scheduler.sequence("b").tokens[-1] == 2
@@ -331,7 +331,7 @@ def test_stop_and_error_end_a_sequence_with_their_reason() -> None:
     scheduler.add(request("b", 60), 0.0)
     plan = scheduler.schedule()
     assert plan is not None and [p.samples for p in plan.sequences] == [True, False]
-    ended = scheduler.commit(plan, (SequenceOutput("a", 5, "stop"), SequenceOutput("b", None, "error")))
+    ended = scheduler.commit(plan, (SequenceOutput("a", (5,), "stop"), SequenceOutput("b", (), "error")))
     assert [(s.seq_id, s.finish_reason, s.generated) for s in ended] == [
         ("a", "stop", (5,)),
         ("b", "error", ()),

@@ -1,4 +1,4 @@
-"""The scheduler as a state machine: in no order of calls is anything lost, shared, starved, or done twice."""
+"""The scheduler without a cache, called in any order: nothing is lost, shared, starved, or done twice."""
 
 import pytest
 from hypothesis import Phase, settings
@@ -162,7 +162,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def output(self, part: ScheduledSequence) -> SequenceOutput:
         token = next_token(self.live[part.seq_id].tokens)
-        return SequenceOutput(part.seq_id, token, "stop" if is_stop(token) else None)
+        return SequenceOutput(part.seq_id, (token,), "stop" if is_stop(token) else None)
 
     def forget(self, name: str, reason: str) -> None:
         """A sequence ended: all its tokens follow from its prompt, and it ended where it should."""
@@ -259,20 +259,19 @@ TestScheduler = SchedulerMachine.TestCase
 
 
 class ForgetsToRecompute(Scheduler):
-    """A planted fault: a preempted sequence believes that its cache is still there."""
+    """A planted fault: a preempted sequence believes that its first token is still there."""
 
-    def _preempt(self, sequence: Sequence) -> None:
-        num_computed = sequence.num_computed
-        super()._preempt(sequence)
-        sequence.num_computed = num_computed
+    def _start(self, sequence, admission):  # type: ignore[no-untyped-def]
+        super()._start(sequence, admission)
+        sequence.num_computed = min(1, sequence.num_preemptions)
 
 
 class FreesTwice(Scheduler):
     """A planted fault: a preempted sequence that ends gives its pages back a second time."""
 
-    def _finish(self, sequence, reason):  # type: ignore[no-untyped-def]
+    def _finish(self, sequence, reason, **more):  # type: ignore[no-untyped-def]
         held = self.kv.page_ids(sequence.seq_id) if sequence.status == "running" else ()
-        super()._finish(sequence, reason)
+        super()._finish(sequence, reason, **more)
         for page in held[:1]:
             self.kv._pages._free.append(page)
 

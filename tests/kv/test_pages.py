@@ -1,4 +1,4 @@
-"""The page and slot allocators, and a state machine that compares them with a plain list of owners."""
+"""The page and slot allocators, and a state machine that compares them with a plain list of who has what."""
 
 from collections import Counter
 from heapq import heappush
@@ -12,6 +12,7 @@ from hypothesis.stateful import (
     consumes,
     invariant,
     multiple,
+    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -52,7 +53,7 @@ def test_freeing_twice_is_caught() -> None:
     pages.release(0)
     with pytest.raises(AssertionError, match="nobody holds"):
         pages.release(0)
-    with pytest.raises(AssertionError, match="nobody holds"):
+    with pytest.raises(AssertionError, match="nobody has"):
         pages.retain(1)
     slot = slots.allocate()
     assert slot == 0
@@ -68,8 +69,44 @@ def test_slots_run_out_and_come_back() -> None:
     assert pool.allocate() == 0
 
 
+def test_a_page_the_tree_keeps_is_cached_until_it_is_dropped() -> None:
+    pool = PagePool(2)
+    pool.allocate(1)
+    pool.keep(0)
+    assert pool.num_cached == 0, "a sequence holds it too"
+    assert pool.release(0)
+    assert (pool.num_free, pool.num_held, pool.num_cached) == (1, 0, 1)
+    pool.retain(0)
+    assert (pool.num_held, pool.num_cached) == (1, 0)
+    pool.drop(0)
+    assert pool.release(0) and pool.num_free == 2
+    with pytest.raises(AssertionError, match="nobody holds"):
+        pool.keep(0)
+
+
+def test_a_page_is_kept_once() -> None:
+    pool = PagePool(1)
+    pool.allocate(1)
+    pool.keep(0)
+    with pytest.raises(AssertionError, match="kept twice"):
+        pool.keep(0)
+
+
+def test_a_snapshot_is_no_slot_to_give_until_it_is_uncached() -> None:
+    pool = SlotPool(1)
+    slot = pool.allocate()
+    assert slot == 0
+    pool.cache(slot)
+    assert pool.allocate() is None and (pool.num_held, pool.num_cached) == (0, 1)
+    with pytest.raises(AssertionError, match="nobody holds"):
+        pool.release(slot)
+    pool.uncache(slot)
+    pool.release(slot)
+    assert pool.num_free == 1
+
+
 class PoolMachine(RuleBasedStateMachine):
-    """Any calls in any order; ``references`` is the truth about who owns what."""
+    """Any calls in any order; ``owned``, ``kept`` and the slots here are the truth about who has what."""
 
     references = Bundle("references")
     slots = Bundle("slots")
@@ -79,14 +116,16 @@ class PoolMachine(RuleBasedStateMachine):
         self.pages = self.make_pages()
         self.slot_pool = SlotPool(NUM_SLOTS)
         self.owned: Counter[int] = Counter()
+        self.kept: set[int] = set()
         self.held_slots: set[int] = set()
+        self.cached_slots: set[int] = set()
 
     def make_pages(self) -> PagePool:
         return PagePool(NUM_PAGES)
 
     @rule(target=references, count=st.integers(0, NUM_PAGES))
     def allocate(self, count: int):  # type: ignore[no-untyped-def]
-        free = sorted(set(range(NUM_PAGES)) - set(self.owned))
+        free = sorted(set(range(NUM_PAGES)) - set(self.owned) - self.kept)
         pages = self.pages.allocate(count)
         assert pages == (tuple(free[:count]) if count <= len(free) else None)
         self.owned.update(pages or ())
@@ -105,29 +144,62 @@ class PoolMachine(RuleBasedStateMachine):
         self.owned[page] -= 1
         self.owned += Counter()
 
+    @rule(page=references)
+    def keep(self, page: int) -> None:
+        if page not in self.kept:
+            self.pages.keep(page)
+            self.kept.add(page)
+
+    @precondition(lambda self: self.kept)
+    @rule(target=references, data=st.data(), again=st.booleans())
+    def drop_or_use(self, data: st.DataObject, again: bool):  # type: ignore[no-untyped-def]
+        page = data.draw(st.sampled_from(sorted(self.kept)))
+        if again:
+            return self.retain(page)
+        self.pages.drop(page)
+        self.kept.remove(page)
+        return multiple()
+
     @rule(target=slots)
     def take_slot(self):  # type: ignore[no-untyped-def]
         slot = self.slot_pool.allocate()
-        if len(self.held_slots) == NUM_SLOTS:
+        if len(self.held_slots | self.cached_slots) == NUM_SLOTS:
             assert slot is None
             return multiple()
-        assert slot is not None and slot not in self.held_slots
+        assert slot is not None and slot not in self.held_slots | self.cached_slots
         self.held_slots.add(slot)
         return slot
 
     @rule(slot=consumes(slots))
     def give_slot(self, slot: int) -> None:
+        if slot in self.cached_slots:
+            self.swap_slot(slot)
         self.slot_pool.release(slot)
         self.held_slots.remove(slot)
 
+    @rule(slot=slots)
+    def swap_slot(self, slot: int) -> None:
+        """A state becomes a snapshot, or a snapshot the state of somebody."""
+        if slot in self.held_slots:
+            self.slot_pool.cache(slot)
+            self.held_slots.remove(slot)
+            self.cached_slots.add(slot)
+        else:
+            self.slot_pool.uncache(slot)
+            self.cached_slots.remove(slot)
+            self.held_slots.add(slot)
+
     @invariant()
-    def free_and_held_make_the_total(self) -> None:
+    def free_held_and_cached_make_the_total(self) -> None:
         self.pages.check()
         self.slot_pool.check()
         assert self.pages.num_held == len(self.owned)
-        assert self.pages.num_free + self.pages.num_held == NUM_PAGES
-        assert self.slot_pool.num_free + self.slot_pool.num_held == NUM_SLOTS
+        assert self.pages.num_cached == len(self.kept - set(self.owned))
+        assert self.pages.num_free + self.pages.num_held + self.pages.num_cached == NUM_PAGES
+        assert self.slot_pool.num_held == len(self.held_slots)
+        assert self.slot_pool.num_cached == len(self.cached_slots)
         assert all(self.pages.owners(page) == self.owned[page] for page in range(NUM_PAGES))
+        assert all(self.pages.is_kept(page) == (page in self.kept) for page in range(NUM_PAGES))
 
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

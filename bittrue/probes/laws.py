@@ -2,7 +2,7 @@
 rows."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,20 +13,7 @@ from bittrue.model.batch import Segment
 from bittrue.ops.contracts import PAGE_TOKENS
 from bittrue.ops.numeric import first_difference
 from bittrue.ops.threads import set_threads, threads_of
-
-
-@dataclass(frozen=True, slots=True)
-class LawResult:
-    """One row of the table: how many positions were compared, and the first that differs."""
-
-    law: str
-    variant: str
-    num_positions: int
-    first_difference: str | None
-
-    @property
-    def holds(self) -> bool:
-        return self.first_difference is None and self.num_positions > 0
+from bittrue.probes.result import LawResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,20 +89,18 @@ class LawProbe:
         """L1: one-shot prefill = token by token = any random chunking."""
         for prompt in prompts:
             length = len(prompt.token_ids)
-            yield self._compare("L1 chunking", f"{length} tokens, one by one", [[(0, 1)]] * length, [prompt])
+            yield self._compare("L1", f"{length} tokens, one by one", [[(0, 1)]] * length, [prompt])
             for _ in range(rounds):
                 sizes = self._random_chunks(length)
                 steps = [[(0, n)] for n in sizes]
-                yield self._compare("L1 chunking", f"{length} tokens in {len(sizes)} chunks", steps, [prompt])
+                yield self._compare("L1", f"{length} tokens in {len(sizes)} chunks", steps, [prompt])
 
     def batching(self, prompts: Sequence[Prompt], *, rounds: int) -> Iterator[LawResult]:
         """L2: alone = in any batch, with any neighbours, in any row, prefills mixed with decodes."""
         for _ in range(rounds):
             chosen = self.random.sample(list(prompts), k=min(len(prompts), self.num_slots))
             steps = self._random_schedule([len(p.token_ids) for p in chosen])
-            yield self._compare(
-                "L2 batching", f"{len(chosen)} sequences in {len(steps)} steps", steps, chosen
-            )
+            yield self._compare("L2", f"{len(chosen)} sequences in {len(steps)} steps", steps, chosen)
 
     def threading(self, prompts: Sequence[Prompt], *, counts: Sequence[int]) -> Iterator[LawResult]:
         """L8: any number of CPU threads."""
@@ -126,14 +111,21 @@ class LawProbe:
                 for prompt in prompts:
                     length = len(prompt.token_ids)
                     steps = [[(0, n)] for n in self._random_chunks(length)]
-                    yield self._compare("L8 threads", f"{length} tokens on {count} threads", steps, [prompt])
+                    yield self._compare(
+                        "L8", f"{length} tokens on {count} threads", steps, [prompt], {"thread counts": 1}
+                    )
         finally:
             set_threads(self.runner.model.ops, before)
 
     # ---- helpers of the laws -----------------------------------------------------------------------------
 
     def _compare(
-        self, law: str, variant: str, schedule: Sequence[Sequence[tuple[int, int]]], prompts: Sequence[Prompt]
+        self,
+        law: str,
+        variant: str,
+        schedule: Sequence[Sequence[tuple[int, int]]],
+        prompts: Sequence[Prompt],
+        exercised: Mapping[str, int] | None = None,
     ) -> LawResult:
         results = self.run(schedule, [p.token_ids for p in prompts])
         difference = None
@@ -141,7 +133,11 @@ class LawProbe:
             found = first_difference(prompt.expected, got)
             if found is not None and difference is None:
                 difference = f"sequence {index}: {found}"
-        return LawResult(law, variant, sum(len(p.token_ids) for p in prompts), difference)
+        if exercised is None:
+            together = sum(len(step) for step in schedule if len(step) > 1)
+            chunks = sum(len(step) for step in schedule) if len(schedule) > 1 else 0
+            exercised = {"chunks": chunks} if law == "L1" else {"batched sequences": together}
+        return LawResult(law, variant, sum(len(p.token_ids) for p in prompts), difference, exercised)
 
     def _random_chunks(self, length: int) -> list[int]:
         sizes = []

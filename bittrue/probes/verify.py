@@ -2,16 +2,37 @@
 serves it."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from bittrue.engine.engine import Engine
-from bittrue.engine.types import Request, SamplingParams
+from bittrue.errors import BittrueError
 from bittrue.ops.contracts import CSA_RATIO
-from bittrue.probes.laws import LawProbe, LawResult
+from bittrue.probes import cache, crash, drafts, preemption, tiers, together
+from bittrue.probes.engines import Engines
+from bittrue.probes.laws import LawProbe, Prompt
+from bittrue.probes.result import LAWS, LawResult
+from bittrue.probes.story import Story, write_story
+from bittrue.probes.workload import compare, random_tokens, request_mix, run_alone, run_requests
 
 # Either side of the compression ratios, the window and a page.
 SHORT_LENGTHS = (1, 2, 3, 5, 8, 127, 128, 129, 257)
 MIXED_REQUESTS = 8
+_ANSWERS = 512  # tokens that answers, and turns of a conversation, add to the longest prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """``max_tokens`` bounds the longest prompt, ``rounds`` the random variants of each law; ``kills`` of the
+    engine process with ``streams`` open."""
+
+    max_tokens: int = 2400
+    rounds: int = 2
+    seed: int = 0
+    threads: tuple[int, ...] = (1, 2)
+    laws: tuple[str, ...] = tuple(LAWS)
+    kills: int = 3
+    streams: int = 8
 
 
 def selection_length(engine: Engine) -> int:
@@ -26,61 +47,142 @@ def probe_lengths(engine: Engine, *, max_tokens: int) -> tuple[int, ...]:
     return tuple(sorted({min(n, longest) for n in SHORT_LENGTHS} | {longest}))
 
 
-def verify_laws(
-    engine: Engine, *, max_tokens: int, rounds: int, seed: int, threads: Sequence[int]
-) -> Iterator[LawResult]:
-    """Checks L1, L2 and L8 and yields each result as it is known. The engine must be idle.
+def verify_laws(engine: Engine, options: Options) -> Iterator[LawResult]:
+    """Checks the laws chosen and yields each result as it is known.
 
-    ``max_tokens`` bounds the longest prompt, ``rounds`` the random variants of each law.
+    ``engine`` is the plain one: idle, without prefix cache, tiers and drafts.
     """
-    parts = engine.parts
-    probe = LawProbe(parts.runner, num_pages=parts.num_pages, num_slots=parts.num_slots, seed=seed)
-    prompts = probe.random_prompts(probe_lengths(engine, max_tokens=max_tokens))
-    yield from probe.chunking(prompts, rounds=rounds)
-    yield from probe.batching(prompts, rounds=rounds)
-    yield sampled_alone_and_together(engine, seed=seed)
-    yield from probe.threading(prompts, counts=threads)
+    assert not engine.run.prefix_cache and engine.run.speculation == "off", (
+        "the plain engine takes no fast path"
+    )
+    room = max(options.max_tokens, 2) + _ANSWERS
+    yield from _Verification(Engines(engine, min(engine.max_context, room)), options).results()
 
 
-def sampled_alone_and_together(engine: Engine, *, seed: int) -> LawResult:
+@dataclass(slots=True)
+class _Verification:
+    """One run; what several laws are checked with is made when the first needs it."""
+
+    engines: Engines
+    options: Options
+    _prompts: tuple[LawProbe, list[Prompt]] | None = field(default=None)
+    _story: Story | None = field(default=None)
+
+    def results(self) -> Iterator[LawResult]:
+        probes: dict[str, Callable[[], Iterator[LawResult]]] = {
+            "L1": self._chunking,
+            "L2": self._batching,
+            "L3": self._prefix_cache,
+            "L4": self._tiers,
+            "L5": self._speculation,
+            "L6": self._preemption,
+            "L7": self._crash,
+            "L8": self._threading,
+            "L3-L6": self._together,
+        }
+        for law in self.options.laws:
+            yield from _survived(law, probes[law]())
+
+    def _chunking(self) -> Iterator[LawResult]:
+        probe, prompts = self._probe()
+        return probe.chunking(prompts, rounds=self.options.rounds)
+
+    def _batching(self) -> Iterator[LawResult]:
+        probe, prompts = self._probe()
+        yield from probe.batching(prompts, rounds=self.options.rounds)
+        yield sampled_alone_and_together(self.engines, seed=self.options.seed)
+
+    def _threading(self) -> Iterator[LawResult]:
+        probe, prompts = self._probe()
+        return probe.threading(prompts, counts=self.options.threads)
+
+    def _prefix_cache(self) -> Iterator[LawResult]:
+        options = self.options
+        yield from cache.resumed_at_positions(
+            self.engines, max_tokens=options.max_tokens, rounds=options.rounds, seed=options.seed
+        )
+        yield from cache.conversations(self.engines, self._told())
+
+    def _tiers(self) -> Iterator[LawResult]:
+        yield from tiers.tiers(self.engines, self._told())
+        yield from tiers.offload(self.engines, self._told())
+
+    def _speculation(self) -> Iterator[LawResult]:
+        return drafts.speculation(self.engines, rounds=self.options.rounds, seed=self.options.seed)
+
+    def _preemption(self) -> Iterator[LawResult]:
+        return preemption.preemption(self.engines, rounds=self.options.rounds, seed=self.options.seed)
+
+    def _crash(self) -> Iterator[LawResult]:
+        options = self.options
+        return crash.crash(self.engines, kills=options.kills, streams=options.streams, seed=options.seed)
+
+    def _together(self) -> Iterator[LawResult]:
+        options = self.options
+        return together.together(self.engines, self._told(), rounds=options.rounds, seed=options.seed)
+
+    def _probe(self) -> tuple[LawProbe, list[Prompt]]:
+        if self._prompts is None:
+            plain, parts = self.engines.plain, self.engines.parts
+            probe = LawProbe(
+                parts.runner, num_pages=parts.num_pages, num_slots=parts.num_slots, seed=self.options.seed
+            )
+            lengths = probe_lengths(plain, max_tokens=self.options.max_tokens)
+            self._prompts = (probe, probe.random_prompts(lengths))
+        return self._prompts
+
+    def _told(self) -> Story:
+        if self._story is None:
+            plain = self.engines.plain
+            longest = min(self.options.max_tokens, cache.replay_length(plain.parts), plain.max_context - 1)
+            self._story = write_story(plain, longest=longest, seed=self.options.seed)
+        return self._story
+
+
+def _survived(law: str, results: Iterator[LawResult]) -> Iterator[LawResult]:
+    """The results; a failure on the way is one too: no request may end in an error, whatever path it took."""
+    try:
+        yield from results
+    except (BittrueError, AssertionError) as error:
+        yield LawResult(law, "failed", 0, f"{type(error).__name__}: {error}")
+
+
+def sampled_alone_and_together(engines: Engines, *, seed: int) -> LawResult:
     """L2 through the scheduler: requests sampled one after the other = all at once, tokens and
     log-probabilities."""
     draw = random.Random(seed)
-    vocab = engine.config.vocab_size
-    prompts = [
-        tuple(draw.randrange(vocab) for _ in range(draw.choice([1, 3, 40, 130])))
-        for _ in range(MIXED_REQUESTS)
-    ]
-    params = [
-        SamplingParams(
-            max_tokens=24,
-            seed=i,
-            temperature=[0.0, 0.7, 1.3][i % 3],
-            top_p=[1.0, 0.9][i % 2],
-            logprobs=0,
-            ignore_eos=True,
+    parts = engines.parts
+    room = engines.max_context - 24
+    lengths = [min(draw.choice([1, 3, 40, 130]), room) for _ in range(MIXED_REQUESTS)]
+    prompts = [random_tokens(draw, parts, n) for n in lengths]
+    requests = request_mix(parts, draw, prompts, max_tokens=24, name="sampled")
+    alone = run_alone(engines.plain, requests)
+    together = run_requests(engines.plain, requests)
+    exercised = {"batched sequences": len(requests)}
+    return compare("L2", f"{MIXED_REQUESTS} sampled requests", alone, together, exercised)
+
+
+def law_numbers(text: str) -> tuple[str, ...]:
+    """ "L3,L5" as laws, in their order. Raises ValueError naming what is none."""
+    asked = [part.strip().upper() for part in text.split(",") if part.strip()]
+    unknown = [part for part in asked if part not in LAWS]
+    if unknown or not asked:
+        raise ValueError(f"{', '.join(unknown) or 'nothing'} is no law; choose of {', '.join(LAWS)}")
+    return tuple(number for number in LAWS if number in asked)
+
+
+def notes(engine: Engine, options: Options) -> Sequence[str]:
+    """What ``options`` leave unexercised on this model, and the remedy."""
+    found = []
+    selection, replay = selection_length(engine), cache.replay_length(engine.parts)
+    if selection > options.max_tokens:
+        found.append(
+            f"the index of this model leaves rows out only beyond {selection} tokens; raise --max-tokens to "
+            "exercise it"
         )
-        for i in range(MIXED_REQUESTS)
-    ]
-    alone = [_tokens(engine, [prompt], [param])[0] for prompt, param in zip(prompts, params, strict=True)]
-    together = _tokens(engine, prompts, params)
-    difference = None
-    for i, (one, other) in enumerate(zip(alone, together, strict=True)):
-        at = next((j for j, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
-        if at is not None and difference is None:
-            difference = f"request {i}, generated token {at}: {one[at]} alone, {other[at]} together"
-    return LawResult("L2 batching", f"{MIXED_REQUESTS} sampled requests", sum(map(len, together)), difference)
-
-
-def _tokens(
-    engine: Engine, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams]
-) -> list[list[tuple[int, float]]]:
-    """(token id, log-probability) of everything generated, per request."""
-    names = [f"verify-{i}" for i in range(len(prompts))]
-    for name, prompt, param in zip(names, prompts, params, strict=True):
-        engine.add(Request(request_id=name, prompt=prompt, params=param))
-    found: dict[str, list[tuple[int, float]]] = {name: [] for name in names}
-    while engine.has_work():
-        for event in engine.step():
-            found[event.request_id] += [(entry.token_id, entry.logprob) for entry in event.logprobs]
-    return [found[name] for name in names]
+    if replay > options.max_tokens and "L3" in options.laws:
+        found.append(
+            f"resuming without a snapshot replays some {replay - 130} tokens of this model; L3 is "
+            f"inconclusive unless --max-tokens is {replay} or more"
+        )
+    return found

@@ -8,7 +8,8 @@ from support.models import make_runner
 
 from bittrue.ops.contracts import OpTable, Weight
 from bittrue.ops.dispatch import select
-from bittrue.probes.laws import LawProbe, LawResult
+from bittrue.probes.laws import LawProbe
+from bittrue.probes.result import LawResult
 
 # Straddle the CSA ratio, the window, one and two pages, and where index top-k (16 rows = 64 tokens) starts
 # to bite.
@@ -66,4 +67,4 @@ def test_a_batch_dependent_reduction_is_caught() -> None:
 
 
 def test_an_empty_comparison_does_not_count_as_holding() -> None:
-    assert not LawResult("L1 chunking", "nothing", 0, None).holds
+    assert not LawResult("L1", "nothing", 0, None).holds

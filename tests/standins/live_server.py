@@ -148,12 +148,14 @@ class LiveServer:
         return answer
 
     def is_idle_and_conserved(self, timeout_s: float = 5) -> bool:
-        """Whether soon nothing runs, nothing waits, and free + held = total with nothing held."""
+        """Whether soon nothing runs, nothing waits, and free + held + cached = total with nothing
+        held."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             stats = self.stats()
-            assert stats["pages_free"] + stats["pages_held"] == stats["pages_total"], stats
-            assert stats["slots_free"] + stats["slots_held"] == stats["slots_total"], stats
+            for kind in ("pages", "slots"):
+                parts = [stats[f"{kind}_{state}"] for state in ("free", "held", "cached")]
+                assert sum(parts) == stats[f"{kind}_total"], stats
             if stats["pages_held"] == stats["num_running"] == stats["num_waiting"] == 0:
                 return True
             time.sleep(0.02)

@@ -15,7 +15,8 @@ rank; admitted again, it goes on from what the cache still has of it, like any p
 Admission, by rank and in turn, while a slot is free and the pages of the first slice (at most B tokens). One
 that was preempted waits for the pages of all its known tokens: with fewer it would take back memory that
 older ones are growing into, and lose it again. Passed over, without holding up others: who waits for the
-tiers, and who shares a prefix that a running sequence is computing just now.
+tiers, and who shares a prefix that a running sequence is computing just now (a fixed number of them: a step
+looks at no more, however long the queue).
 
 Tokens. Decodes (one known token left) take one token each; prefills share the rest, P = B - decodes. When
 the two want more than B, prefills keep a floor of B // 8 (at least 1; for B = 1 the two kinds take turns).
@@ -46,7 +47,9 @@ from bittrue.engine.types import (
 from bittrue.errors import ConfigError, InvalidRequest, PromptTooLong, QueueFull
 from bittrue.kv.layout import KVBudget
 from bittrue.kv.manager import Admission, KVManager
-from bittrue.kv.prefix import common_length
+from bittrue.kv.prefix import Beginning, common_length
+
+_MAX_PASSED = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,8 +242,7 @@ class Scheduler:
                 continue
             self.kv.shrink(sequence.seq_id, max(sequence.num_computed, sequence.kept))
             if self.kv.is_stop(sequence.num_computed, sequence.num_prompt - 1):
-                computed = sequence.tokens[: sequence.num_computed]
-                self.kv.snapshot(sequence.seq_id, computed, sequence.fold)
+                self.kv.snapshot(sequence.seq_id, _computed(sequence), sequence.fold)
         self._planned = None
         self._in_flight = {}
         return tuple(finished)
@@ -306,7 +308,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self.kv.release(sequence.seq_id, sequence.tokens[: sequence.num_computed], sequence.fold)
+        self.kv.release(sequence.seq_id, _computed(sequence), sequence.fold)
         sequence.status, sequence.slot, sequence.drafts = "waiting", None, ()
         sequence.num_computed = sequence.fold = sequence.kept = 0
         sequence.num_preemptions += 1
@@ -317,14 +319,16 @@ class Scheduler:
         """Admit waiting sequences in turn, each with a slot and the page of its next token."""
         admitted: list[Sequence] = []
         promised = 0  # pages of the first slices of those admitted now, beyond the pages they hold
-        for sequence in tuple(self._waiting):
-            if len(self._running) >= self._max_running:
+        num_passed = 0
+        for sequence in self._waiting[: self._max_running + _MAX_PASSED]:
+            if len(self._running) >= self._max_running or num_passed == _MAX_PASSED:
                 break
             limit = self._cache_limit(sequence)
             space = self._space(sequence.request.cache_salt)
-            if not self.kv.is_ready(sequence.seq_id, sequence.tokens, space, limit):
-                continue
-            if limit and self._is_computed_elsewhere(sequence, space, limit):
+            if not self.kv.is_ready(sequence.seq_id, sequence.tokens, space, limit) or (
+                limit and self._is_computed_elsewhere(sequence, space, limit)
+            ):
+                num_passed += 1
                 continue
             ahead = len(sequence.tokens) + 1 if sequence.num_preemptions else self.limits.max_step_tokens
             admission = self.kv.admit(
@@ -381,7 +385,7 @@ class Scheduler:
             or ours[place : place + 32] != theirs[place : place + 32]
         ):
             return 0
-        shared = common_length(ours[:limit], theirs[: len(theirs) - 1])
+        shared = common_length(ours, theirs, min(limit, len(theirs) - 1))
         return self.kv.gain(shared, leader.num_prompt - 1)
 
     # Tokens.
@@ -465,7 +469,7 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: FinishReason, *, is_state_known: bool = True) -> None:
         if sequence.status == "running":
             self._running.remove(sequence)
-            computed = sequence.tokens[: sequence.num_computed] if is_state_known else ()
+            computed = _computed(sequence) if is_state_known else ()
             self.kv.release(sequence.seq_id, computed, sequence.fold)
         else:
             self._waiting.remove(sequence)
@@ -532,3 +536,7 @@ class Scheduler:
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
     return sequence.rank
+
+
+def _computed(sequence: Sequence) -> Beginning:
+    return Beginning(sequence.tokens, sequence.num_computed)

@@ -104,6 +104,7 @@ class KVManager:
         self._sequences: dict[str, SequenceCache] = {}
         self._fetches: dict[str, Fetch | None] = {}  # of sequences that wait; None: nothing (more) to fetch
         self._moves: list[Move] = []
+        self._last_hit: tuple[tuple[int, bytes, int], Sequence[int], _Hit] | None = None
         self.hit_tokens: Counter[str] = Counter()
         self.lookup_tokens = 0
         self.replayed_tokens = 0
@@ -268,7 +269,17 @@ class KVManager:
         return max(grid, ends, shared - self.policy.replay_tokens(shared))
 
     def _best_hit(self, space: bytes, tokens: Sequence[int], limit: int) -> _Hit:
-        """The way that leaves least to compute: from the deepest snapshot, or by replay from nothing."""
+        """The way that leaves least to compute: from the deepest snapshot, or by replay from nothing.
+
+        The last answer is kept: a long prompt that waits for memory asks the same in every step. Tokens are
+        told apart as objects, so a list that has been asked about may only grow.
+        """
+        asked = (self._tree.version, space, limit)
+        if self._last_hit is None or self._last_hit[0] != asked or self._last_hit[1] is not tokens:
+            self._last_hit = (asked, tokens, self._find_hit(space, tokens, limit))
+        return self._last_hit[2]
+
+    def _find_hit(self, space: bytes, tokens: Sequence[int], limit: int) -> _Hit:
         match = self._tree.match(space, tokens, limit)
         snapshot = match.snapshot
         start = 0 if snapshot is None else snapshot.position
@@ -418,20 +429,17 @@ class KVManager:
         that one for its own, which holds the same bits."""
         before = len(cache.path) if not cache.path or cache.path[-1].is_alive else 0
         path = self._tree.insert(cache.space, cache.path, tokens, cache.page_ids)
-        pages = list(cache.page_ids)
-        for index, node in enumerate(path):
-            if index >= before and node.is_full and index < len(tokens) // PAGE_TOKENS:
-                if node.page != pages[index]:
-                    self._pages.retain(node.page)
-                    self._let_go([pages[index]])
-                    pages[index] = node.page
-                elif self.tiers is not None:
-                    assert node.parent is not None
-                    name = BlobName("page", node.parent.digest, PAGE_TOKENS, node.digest)
-                    self._moves.append(SavePage(node.page, cache.space, name))
-        if tuple(pages) != cache.page_ids:
-            cache.page_ids = tuple(pages)
         cache.path = path[: len(tokens) // PAGE_TOKENS]
+        for index, node in enumerate(cache.path[before:], before):
+            own = cache.page_ids[index]
+            if node.page != own:
+                self._pages.retain(node.page)
+                self._let_go([own])
+                cache.page_ids = (*cache.page_ids[:index], node.page, *cache.page_ids[index + 1 :])
+            elif self.tiers is not None:
+                assert node.parent is not None
+                name = BlobName("page", node.parent.digest, PAGE_TOKENS, node.digest)
+                self._moves.append(SavePage(node.page, cache.space, name))
 
     def _known(self, cache: SequenceCache, tokens: Sequence[int]) -> bool:
         """Whether there is a snapshot after ``tokens`` already."""

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from typing import TypeVar
+from typing import TypeVar, overload
 
 from bittrue.kv.identity import page_digest
 from bittrue.kv.layout import PAGE_TOKENS
@@ -91,12 +91,35 @@ def _tokens(node: Node) -> Tokens:
     return node.tokens
 
 
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
-    most = min(len(a), len(b))
-    if a[:most] == b[:most]:
-        return most
-    low, high = 0, most  # a[:low] == b[:low], a[:high] != b[:high]
+class Beginning(Sequence[int]):
+    """The first ``length`` of ``tokens``, not copied: copying a million for one more page takes longer than
+    all the rest."""
+
+    def __init__(self, tokens: list[int], length: int) -> None:
+        self._tokens, self._length = tokens, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[int]: ...
+    def __getitem__(self, place: int | slice) -> int | list[int]:
+        if isinstance(place, slice):
+            start, stop, step = place.indices(self._length)
+            return self._tokens[start:stop:step]
+        return self._tokens[range(self._length)[place]]
+
+
+def common_length(a: Sequence[int], b: Sequence[int], limit: int | None = None) -> int:
+    """Length of the longest common beginning, at most ``limit``."""
+    most = min(len(a), len(b), len(a) if limit is None else limit)
+    low, high = 0, min(most, PAGE_TOKENS)  # a[:low] == b[:low]
+    while a[low:high] == b[low:high]:
+        if high == most:
+            return most
+        low, high = high, min(most, 2 * high)
     while high - low > 1:
         middle = (low + high) // 2
         if a[low:middle] == b[low:middle]:

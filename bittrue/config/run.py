@@ -36,7 +36,8 @@ class RunConfig(BaseModel):
     served_name: str = Field("", description="Names of the model, by comma; empty = the directory's.")
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 = every one.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0 picks a free one.")
-    api_key: str = Field("", description="Key clients send as `Authorization: Bearer KEY`; empty = none.")
+    api_key: str = Field("", description="Keys, by comma, sent as `Authorization: Bearer KEY`; empty = none.")
+    admin_key: str = Field("", description="Key of /admin; empty = any API key.")
     device: Literal["cpu", "cuda"] = Field("cpu", description="Where tensors live.")
     backend: Literal["cpu", "reference"] = Field("cpu", description="Fast kernels, or the slow definition.")
     isa: Literal["auto", "portable", "avx2", "avx512"] = Field("auto", description="CPU instruction set.")
@@ -58,8 +59,7 @@ class RunConfig(BaseModel):
         4096,
         ge=0,
         multiple_of=128,
-        description="Tokens between states kept for resuming, besides ends of prompts and turns; 128 = full, "
-        "0 = recompute.",
+        description="Tokens between kept states (and at ends of prompts, turns); 128 = full, 0 = recompute.",
     )
     cache_isolation: bool = Field(False, description="API keys do not share cached prefixes.")
     host_cache: Bytes = Field(0, ge=0, description="Bytes of main memory for cached prefixes; 0 = none.")
@@ -104,8 +104,9 @@ class RunConfig(BaseModel):
         return self.names[0]
 
     def public(self) -> dict[str, object]:
-        """Every resolved knob by name, the key left out."""
-        return {**self.model_dump(), "api_key": "***" if self.api_key else ""}
+        """Every resolved knob by name, the keys left out."""
+        hidden = {name: "***" if getattr(self, name) else "" for name in ("api_key", "admin_key")}
+        return {**self.model_dump(), **hidden}
 
 
 def knob_help() -> dict[str, str]:

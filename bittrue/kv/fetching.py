@@ -73,7 +73,10 @@ def worth_fetching(
 
 def _stored_state(tiers: Tiers, space: bytes, parent: bytes, open_tokens: Sequence[int]) -> BlobName | None:
     """The deepest stored state whose open tokens begin ``open_tokens``."""
-    for offset, digest in sorted(tiers.states(space, parent), reverse=True):
-        if offset <= len(open_tokens) and state_digest(parent, open_tokens[:offset]) == digest:
-            return BlobName("state", parent, offset, digest)
+    stored = set(tiers.states(space, parent))
+    for offset in sorted({offset for offset, _ in stored}, reverse=True):
+        if offset <= len(open_tokens):
+            digest = state_digest(parent, open_tokens[:offset])
+            if (offset, digest) in stored:
+                return BlobName("state", parent, offset, digest)
     return None

@@ -319,9 +319,10 @@ class KVManager:
         self._tree.touch(hit.match)
         if self.tiers is None or hit.start == 0:
             return
-        for node in hit.match.path:
-            if node.is_full and node.parent is not None:
-                self.tiers.touch(space, BlobName("page", node.parent.digest, PAGE_TOKENS, node.digest))
+        # The last full page stands for those before it: none goes while something hangs on it.
+        last = next((node for node in reversed(hit.match.path) if node.is_full), None)
+        if last is not None and last.parent is not None:
+            self.tiers.touch(space, BlobName("page", last.parent.digest, PAGE_TOKENS, last.digest))
         if hit.snapshot is not None:
             parent, tokens = hit.snapshot.node.digest, hit.snapshot.tokens
             self.tiers.touch(space, BlobName("state", parent, len(tokens), state_digest(parent, tokens)))

@@ -83,7 +83,7 @@ class Gate:
 
         self._state.num_active += 1
         try:
-            owner = self._keys.owner_of(headers.get(b"authorization", b""))
+            owner = self._keys.owner_of(headers.get(b"authorization", b""), scope["path"])
             if owner is not None or scope["path"] in _OPEN_PATHS:
                 set_caller(scope, Caller(request_id, owner or ""))
                 await self._app(scope, receive, send_named)

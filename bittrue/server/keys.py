@@ -10,6 +10,7 @@ from starlette.types import Scope
 from bittrue.config.run import RunConfig
 
 _SCOPE = "bittrue.caller"
+_ADMIN = "/admin/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,24 +33,31 @@ class Caller:
 
 
 class Keys:
-    """The keys of ``api_key``, by comma; none = everybody may call."""
+    """The keys of ``api_key``, by comma; none = everybody may call. ``admin_key``, if given, is what /admin
+    takes instead."""
 
     def __init__(self, config: RunConfig) -> None:
-        names = [key.strip() for key in config.api_key.split(",")]
-        self._digests = [_digest(key.encode()) for key in names if key]
+        self._clients = _digests(config.api_key)
+        self._admins = _digests(config.admin_key) or self._clients
         self._is_isolating = config.cache_isolation
 
-    def owner_of(self, authorization: bytes) -> str | None:
+    def owner_of(self, authorization: bytes, path: str) -> str | None:
         """The owner a header stands for, "" where owners are not told apart; None: the key is missing or
-        wrong. Every key is compared, in constant time."""
-        if not self._digests:
+        not one for ``path``. Every key is compared, in constant time."""
+        keys = self._admins if path.startswith(_ADMIN) else self._clients
+        if not keys:
             return ""
         scheme, _, given = authorization.partition(b" ")
         digest = _digest(given.strip())
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        matches = [hmac.compare_digest(digest, known) for known in keys]
         if scheme.lower() != b"bearer" or not any(matches):
             return None
         return digest if self._is_isolating else ""
+
+
+def _digests(keys: str) -> list[str]:
+    names = (key.strip() for key in keys.split(","))
+    return [_digest(key.encode()) for key in names if key]
 
 
 def _digest(key: bytes) -> str:

@@ -177,13 +177,13 @@ def test_a_restart_is_one_comment_line_in_every_open_stream(tmp_path: Path, path
 
 def test_an_admin_key_is_the_only_one_that_opens_admin_and_opens_nothing_else(tmp_path: Path) -> None:
     write_model(tmp_path)
-    with LiveServer(tmp_path, {"api_key": "k1", "admin_key": "root"}) as server:
+    with LiveServer(tmp_path, {"api_key": "k1", "admin_key": "s3cret"}) as server:
 
         def status(method: str, path: str, key: str) -> int:
             return server.http.request(method, path, headers={"authorization": f"Bearer {key}"}).status_code
 
-        assert status("POST", "/admin/flush", "root") == 200
+        assert status("POST", "/admin/flush", "s3cret") == 200
         assert status("POST", "/admin/flush", "k1") == status("GET", "/admin/cache", "other") == 401
         assert status("GET", "/v1/models", "k1") == 200
-        assert status("GET", "/v1/models", "root") == 401
-        assert not any("root" in line for line in server.log)
+        assert status("GET", "/v1/models", "s3cret") == 401
+        assert not any("s3cret" in line for line in server.log)

@@ -365,17 +365,18 @@ class Scheduler:
             return False
         if sequence.follows is None:
             for leader in self._running:
-                gain = self._gain_from(leader, sequence, limit)
-                if gain > leader.num_computed and gain > self.kv.best_start(space, sequence.tokens, limit):
-                    sequence.follows, sequence.follows_to = leader, gain
+                start, follows_to = self._gain_from(leader, sequence, limit)
+                if start > leader.num_computed and start > self.kv.best_start(space, sequence.tokens, limit):
+                    sequence.follows, sequence.follows_to = leader, follows_to
                     break
         ahead = sequence.follows
         if ahead is None or ahead.status != "running" or ahead.num_computed >= sequence.follows_to:
             sequence.follows = None
         return sequence.follows is not None
 
-    def _gain_from(self, leader: Sequence, sequence: Sequence, limit: int) -> int:
-        """The position from which ``sequence`` could start once the prefill of ``leader`` has passed it."""
+    def _gain_from(self, leader: Sequence, sequence: Sequence, limit: int) -> tuple[int, int]:
+        """The position from which ``sequence`` could start once the prefill of ``leader`` has come to the
+        second one."""
         ours, theirs, place = sequence.tokens, leader.tokens, leader.num_computed
         is_same_space = leader.request.cache_salt == sequence.request.cache_salt
         # A glance first: a whole comparison of long prompts is not for every pair in every step.
@@ -384,7 +385,7 @@ class Scheduler:
             or not is_same_space
             or ours[place : place + 32] != theirs[place : place + 32]
         ):
-            return 0
+            return 0, 0
         shared = common_length(ours, theirs, min(limit, len(theirs) - 1))
         return self.kv.gain(shared, leader.num_prompt - 1)
 

@@ -260,13 +260,16 @@ class KVManager:
         """The position from which a sequence would be computed if it were admitted now."""
         return self._best_hit(space, tokens, limit).start
 
-    def gain(self, shared: int, prompt_end: int) -> int:
-        """The position from which a prompt could be computed that shares ``shared`` tokens with one that has
-        been: at a snapshot on the way, or replayed from nothing."""
+    def gain(self, shared: int, prompt_end: int) -> tuple[int, int]:
+        """Where a prompt could start that shares ``shared`` tokens with one that is being computed, at a
+        snapshot on the way or replayed from nothing; and where the other one has to be for it."""
         every = self.policy.snapshot_every
-        grid = shared // every * every if every else 0
-        ends = prompt_end if shared >= prompt_end else 0
-        return max(grid, ends, shared - self.policy.replay_tokens(shared))
+        at = max(shared // every * every if every else 0, prompt_end if shared >= prompt_end else 0)
+        from_nothing = shared - self.policy.replay_tokens(shared)
+        # Rows enter the cache with the next snapshot behind them.
+        stops = [prompt_end] if prompt_end >= shared else []
+        stops += [-(-shared // every) * every] if every else []
+        return (from_nothing, min(stops)) if stops and from_nothing > at else (at, at)
 
     def _best_hit(self, space: bytes, tokens: Sequence[int], limit: int) -> _Hit:
         """The way that leaves least to compute: from the deepest snapshot, or by replay from nothing.

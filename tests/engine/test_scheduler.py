@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from bittrue.engine.plan import SequenceOutput, StepPlan
 from bittrue.engine.scheduler import Scheduler, SchedulerLimits
-from bittrue.engine.sequence import Sequence
+from bittrue.engine.sequence import AGING, Sequence
 from bittrue.engine.types import PrefillProgress, Request, SamplingParams
 from bittrue.errors import ConfigError, InvalidRequest, PromptTooLong, QueueFull
 from bittrue.kv.layout import KVBudget
-from bittrue.kv.manager import KVManager
+from bittrue.kv.manager import CachePolicy, KVManager
 
 
 def make(
@@ -345,6 +345,121 @@ def test_a_step_must_be_committed_before_the_next() -> None:
     scheduler.schedule()
     with pytest.raises(AssertionError, match="not committed"):
         scheduler.schedule()
+
+
+# Prefixes.
+
+
+def make_cached(every: int = 0, *, budget: int = 64, slots: int = 16, running: int = 8) -> Scheduler:
+    """A replay takes 16 tokens, or those of the open page and 8."""
+    policy = CachePolicy(snapshot_every=every, num_layers=2, window=9)
+    return Scheduler(SchedulerLimits(budget, running, 400, 4096), KVManager(64, slots, policy))
+
+
+def prompt_of(name: str, tokens: list[int], **more: object) -> Request:
+    return Request(request_id=name, prompt=tuple(tokens), params=SamplingParams(max_tokens=4), **more)  # type: ignore[arg-type]
+
+
+def test_equal_prompts_that_come_together_compute_their_prefix_once() -> None:
+    scheduler = make_cached()
+    for number in range(5):
+        scheduler.add(prompt_of(f"s{number}", list(range(500))), 0.0)
+    ended = run_all(scheduler)
+    stats = scheduler.stats()
+    assert stats.num_prefill_tokens_total == 500 + 4, "the others compute their last token"
+    assert stats.cache.hit_tokens == {"device": 4 * 499} and stats.cache.replayed_tokens == 0
+    assert [ended[f"s{number}"][1].num_cached for number in range(5)] == [0, 499, 499, 499, 499]
+    assert {tuple(s.tokens) for _, s in ended.values()} == {tuple(alone(tuple(range(500)), 4))}
+
+
+@pytest.mark.parametrize(
+    ("every", "start"), [(0, 400 - 8 - 16), (128, 384), (256, 400 - 8 - 16)], ids=["recompute", "full", "256"]
+)
+def test_a_branch_of_a_prompt_under_way_starts_as_far_as_its_strategy_allows(every: int, start: int) -> None:
+    scheduler = make_cached(every)
+    scheduler.add(prompt_of("first", list(range(500))), 0.0)
+    step(scheduler)
+    scheduler.add(prompt_of("branch", [*range(400), *range(900, 1000)]), 0.0)
+    ended = run_all(scheduler)
+    assert ended["branch"][1].num_cached == start
+    assert scheduler.stats().num_prefill_tokens_total == 500 + 500 - start
+
+
+def test_who_follows_a_prefix_under_way_holds_up_nobody() -> None:
+    scheduler = make_cached(budget=32)
+    scheduler.add(prompt_of("first", list(range(500))), 0.0)
+    scheduler.add(prompt_of("same", list(range(500))), 0.0)
+    scheduler.add(prompt_of("other", list(range(3000, 3020))), 0.0)
+    assert set(step(scheduler)) == {"first", "other"}
+
+
+def test_who_follows_goes_its_own_way_when_the_other_ends() -> None:
+    scheduler = make_cached(budget=32)
+    scheduler.add(prompt_of("first", list(range(500))), 0.0)
+    scheduler.add(prompt_of("same", list(range(500))), 0.0)
+    step(scheduler)
+    scheduler.abort("first")
+    ended = run_all(scheduler)
+    assert ended["same"][1].tokens == alone(tuple(range(500)), 4)
+
+
+def test_one_step_looks_at_a_fixed_part_of_the_queue() -> None:
+    """However many follow one prompt, those behind them are reached when it has been computed."""
+    scheduler = make_cached(budget=32)
+    for number in range(300):
+        scheduler.add(prompt_of(f"s{number}", list(range(200))), 0.0)
+    scheduler.add(prompt_of("last", list(range(900, 920))), 0.0)
+    looked: list[str] = []
+    is_ready = scheduler.kv.is_ready
+
+    def watch(seq_id: str, *more: object) -> bool:
+        looked.append(seq_id)
+        return is_ready(seq_id, *more)  # type: ignore[arg-type]
+
+    scheduler.kv.is_ready = watch  # type: ignore[method-assign, assignment]
+    while scheduler.has_work:
+        looked.clear()
+        step(scheduler)
+        assert len(looked) <= 8 + 64
+
+
+def test_salts_share_nothing() -> None:
+    scheduler = make_cached()
+    scheduler.add(prompt_of("a", list(range(300)), cache_salt="one"), 0.0)
+    scheduler.add(prompt_of("b", list(range(300)), cache_salt="two"), 0.0)
+    run_all(scheduler)
+    assert scheduler.stats().num_prefill_tokens_total == 600
+
+
+def test_prompt_scores_are_computed_and_not_taken_from_the_cache() -> None:
+    scheduler = make_cached()
+    scheduler.add(prompt_of("a", list(range(300))), 0.0)
+    run_all(scheduler)
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    scheduler.add(Request(request_id="b", prompt=tuple(range(300)), params=params), 0.0)
+    assert run_all(scheduler)["b"][1].num_cached == 0
+    assert scheduler.stats().num_prefill_tokens_total == 600
+
+
+def test_a_preempted_sequence_goes_on_from_its_snapshot() -> None:
+    scheduler = make_cached()
+    scheduler.add(prompt_of("a", list(range(300))), 0.0)
+    while scheduler.sequence("a").num_remaining != 1:
+        step(scheduler)
+    assert scheduler.preempt("a") and not scheduler.preempt("a")
+    assert step(scheduler) == {"a": 1}
+    assert run_all(scheduler)["a"][1].num_cached == 0, "it was spared nothing when it came"
+
+
+def test_a_low_priority_is_overtaken_by_a_fixed_number_of_later_requests() -> None:
+    scheduler = make(running=1, queue=3 * AGING)
+    scheduler.add(request("blocks", 3, 1), 0.0)
+    scheduler.add(request("low", 3, 1, priority=1), 0.0)
+    for number in range(2 * AGING):
+        scheduler.add(request(f"s{number}", 3, 1), 0.0)
+    ended = sorted(run_all(scheduler).items(), key=lambda item: item[1][0])
+    place = [name for name, _ in ended].index("low")
+    assert place == 1 + AGING - 1, "one before it, and less than AGING later ones"
 
 
 # Bounds, over random loads.

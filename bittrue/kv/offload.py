@@ -43,7 +43,7 @@ _WAIT_BEFORE, _WRITE = 1, 2
 class RowStore(Protocol):
     """Where rows that are kept off the device lie: what a pool, an engine and the metrics ask of it.
 
-    ``allocator()``: for one ``kv.pool.allocate``; tensors of parts that are not offloaded are ordinary memory.
+    ``allocator()``: for one ``kv.pool.allocate``; tensors of parts that are not offloaded are plain memory.
     ``after_step``: called between steps with the pages of the sequences that ran and of the moves before
     them; brings the device's share back to its bound. ``resident_bytes``: the device's share now.
     ``close``: gives everything back that the tensors do not need any more.

@@ -1,11 +1,13 @@
 """Tags tell every prefix from every other, checksums every byte, and moves carry both."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.cached_runs import CachedRuns
 
+from bittrue.errors import KVCorrupted
 from bittrue.kv.canary_units import Part, prefix_hashes
 from bittrue.kv.layout import PAGE_TOKENS
 from bittrue.kv.moves import CopyPage, LoadPage
@@ -76,3 +78,37 @@ def test_what_was_damaged_before_a_copy_is_found_in_the_copy() -> None:
     copy.tokens = [*copy.tokens, 1]
     runs.step([copy], [1])
     assert f'place="page {copy.pages[1]}"' in runs.lines.getvalue() and runs.canary.num_faults == 1
+
+
+def test_a_copy_over_what_was_loaded_has_the_checksums_of_its_source() -> None:
+    runs = CachedRuns(4)
+    stored = runs.store(runs.run(runs.random_tokens(PAGE_TOKENS)))
+    state = runs.run(runs.random_tokens(PAGE_TOKENS))
+    _, rows = runs.caches_of("csa_rows")[0]
+    rows[state.pages[0], 2] ^= 1
+    page = runs.new_page()
+    runs.move(LoadPage(stored.pages[0], runs.blobs[stored.pages[0]], page), CopyPage(state.pages[0], page))
+    state.pages[0] = page
+    state.tokens.append(1)
+    with pytest.raises(KVCorrupted, match=f"content of rows in page {page} "):
+        runs.step([state], [1])
+
+
+def test_a_copy_of_a_loaded_state_is_read_like_the_state() -> None:
+    runs = CachedRuns(5)
+    stored = runs.store(runs.run(runs.random_tokens(200)))
+    copy = runs.snapshot(runs.load(stored, stored.tokens))
+    copy.tokens.append(1)
+    runs.step([copy], [1])
+    assert runs.canary.num_faults == 0
+
+
+def test_rows_that_a_replay_reads_are_checked_where_it_closes_them() -> None:
+    runs = CachedRuns(6)
+    tokens = runs.random_tokens(300)
+    state = runs.recompute(runs.run(tokens), [*tokens, 1], 290)
+    _, keys = runs.caches_of("keys")[0]
+    keys[state.pages[2], 7] ^= 1
+    assert state.done < 256 + 4 * 7
+    with pytest.raises(KVCorrupted, match=f"content of keys in page {state.pages[2]} .* position 287"):
+        runs.step([state], [301 - state.done])

@@ -26,6 +26,7 @@ from bittrue.engine.runner import Runner
 from bittrue.errors import ConfigError, KVCorrupted
 from bittrue.kv import offload
 from bittrue.kv.layout import OFFLOAD_ALIGN, KVLayout, pages_for
+from bittrue.kv.ledger import Ledger, StepBounds, memory_ledger
 from bittrue.kv.offload import OS_PAGE_BYTES, OffloadFile
 from bittrue.kv.pool import allocate
 from bittrue.model.batch import Segment
@@ -203,6 +204,24 @@ def test_offload_buys_more_pages_for_the_same_memory() -> None:
     assert off.slot_bytes == plain.slot_bytes
     sizes = [layout.fit(8 << 20, max_sequences=4, max_context=1 << 20)[0] for layout in (plain, off)]
     assert sizes[1] > 1.8 * sizes[0]
+
+
+def test_the_ledger_counts_the_hot_set_and_names_the_file() -> None:
+    raw, _ = random_checkpoint(1)
+    config = ModelConfig.from_dict(raw)
+    bounds = StepBounds(max_step_tokens=8, max_running=2, max_context=999, threads=1)
+
+    def ledger(layout: KVLayout, hot: int) -> Ledger:
+        return memory_ledger(
+            layout, config, act="f32", pages=100, slots=3, weight_bytes=5, bounds=bounds, offload_hot=hot
+        )
+
+    off, plain = ledger(a_layout(), 1 << 20), ledger(a_layout(offload=False), 1 << 20)
+    rows = 100 * a_layout().offloaded_page_bytes
+    assert off.offload_file_bytes == a_layout().offload_file_bytes(100) >= rows
+    assert off.lines["offload_hot"] == 1 << 20 and "offload_hot" not in plain.lines
+    assert plain.total - off.total == rows - (1 << 20) and plain.offload_file_bytes == 0
+    assert ledger(a_layout(), 1 << 40).lines["offload_hot"] == off.offload_file_bytes
 
 
 # ---- what can go wrong -----------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 bytes with the cold run: the cache without scheduler and sampler."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bittrue.engine.assembly import Assembly
 from bittrue.engine.runner import Runner
-from bittrue.kv.layout import PAGE_TOKENS
+from bittrue.kv.layout import CSA_RATIO, HCA_RATIO, PAGE_TOKENS
 from bittrue.kv.manager import Admission, CachePolicy, KVManager
 from bittrue.kv.pool import KVPool
 from bittrue.model.batch import Segment
@@ -18,6 +18,9 @@ from bittrue.ops.numeric import first_difference
 
 STRATEGIES = ("full", "periodic", "recompute")
 SPACE = b"probe"
+
+# (layer and part) -> its rows that are live, by position.
+State = Mapping[str, Tensor]
 
 
 def strategy_of(name: str, length: int) -> int:
@@ -29,12 +32,12 @@ def strategy_of(name: str, length: int) -> int:
 @dataclass(frozen=True, slots=True)
 class Cold:
     """A run from the first token: logits [n, V] and the stored rows of every layer, [entries, bytes] each;
-    with ``states``, the bytes of the state at every position."""
+    with ``states``, of every position what of the state a later token can read."""
 
     tokens: tuple[int, ...]
     logits: Tensor
     stored: tuple[Tensor, ...]
-    states: tuple[bytes, ...] = ()
+    states: tuple[State, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class ResumeProbe:
         self.pool: KVPool = parts.pool
         self.kv = KVManager(parts.num_pages, parts.num_slots, policy)
         self.policy = policy
-        self._draw = random.Random(seed)
+        self.draw = random.Random(seed)
         self._count = 0
 
     # ---- runs --------------------------------------------------------------------------------------------
@@ -65,7 +68,7 @@ class ResumeProbe:
         """Computes ``tokens`` from nothing, as an engine would, and leaves them in the cache if ``is_kept``.
         With ``every_state`` token by token."""
         name, admission = self._admit(tokens, 0)
-        states: list[bytes] = []
+        states: list[State] = []
         logits, start, fold = [], 0, 0
         while start < len(tokens):
             end = start + 1 if every_state else self._chunk_end(name, start, len(tokens))
@@ -97,7 +100,7 @@ class ResumeProbe:
             found = self._state_difference(cold, name, position, fold)
         while start < end:
             stops = [stop for stop in (exact, position, end) if stop > start]
-            stop = min(stops[0], start + self._draw.choice((1, 2, 3, 5, 40, 200, 1000)))
+            stop = min(stops[0], start + self.draw.choice((1, 2, 3, 5, 40, 200, 1000)))
             rows, fold = self._step(name, cold.tokens, (start, stop), (admission, fold))
             if start >= exact:
                 count += len(rows)
@@ -155,20 +158,37 @@ class ResumeProbe:
                 return f"stored rows: {found}"
         return None
 
-    def _state(self, name: str, position: int, fold: int) -> bytes:
-        pages = self.kv.page_ids(name)
-        page = pages[position // PAGE_TOKENS] if position % PAGE_TOKENS else None
-        return self.pool.state_bytes(self.kv.slot(name), page, position, fold)
+    def _state(self, name: str, position: int, fold: int) -> State:
+        slot, live = self.kv.slot(name), {}
+        first_open = max(0, (position // CSA_RATIO - 1) * CSA_RATIO)
+        for layer, cache in enumerate(self.runner.caches):
+            rings = (
+                ("window", cache.window, max(0, position - self.policy.window + 1)),
+                ("csa", cache.csa, first_open),
+                ("csa_index", cache.csa_index, first_open),
+                ("hca_pending", cache.hca_pending, fold),
+            )
+            for part, ring, first in rings:
+                if ring is not None and ring.shape[1]:
+                    places = torch.arange(first, position) % ring.shape[1]
+                    live[f"{part} of layer {layer}"] = ring[slot, places]
+            # A pool that stands in a row that has closed since is folded to its end and never read.
+            if cache.hca_fold is not None and fold % HCA_RATIO and fold // HCA_RATIO == position // HCA_RATIO:
+                live[f"hca_fold of layer {layer}"] = cache.hca_fold[slot].clone()
+        return live
 
     def _state_difference(self, cold: Cold, name: str, position: int, fold: int) -> str | None:
         if not cold.states or position == 0:
             return None
         self.pool.apply(self.kv.take_moves())
         want, got = cold.states[position - 1], self._state(name, position, fold)
-        if want == got:
-            return None
-        at = next((i for i, (a, b) in enumerate(zip(want, got, strict=False)) if a != b), len(want))
-        return f"state at {position}: byte {at} of {len(want)}"
+        if want.keys() != got.keys():
+            return f"state at {position}: the fold is at {fold}"
+        for part in want:
+            found = first_difference(want[part], got[part])
+            if found is not None:
+                return f"state at {position}, {part}: {found}"
+        return None
 
 
 def _named(what: str, start: int, found: object | None) -> str | None:

@@ -126,7 +126,7 @@ def assemble_on(loaded: Loaded, run: RunConfig) -> Assembly:
     layout = cache_layout(run, config)
     budget = layout.budget(run.max_running, max_snapshots(run, max_context))
     num_pages, num_slots = budget.fit(run.kv_memory, max_context=max_context)
-    rows = row_store(run, layout, num_pages)
+    rows = row_store(run, layout, num_pages, log)
     model = DeepseekV4(config, loaded.parameters, ops, level=level, act=act)
     caches = allocate(
         layout,
@@ -209,11 +209,18 @@ def max_snapshots(run: RunConfig, max_context: int) -> int:
     return 4 * run.max_running + grid
 
 
-def row_store(run: RunConfig, layout: KVLayout, num_pages: int) -> RowStore | None:
+def row_store(run: RunConfig, layout: KVLayout, num_pages: int, log: Log) -> RowStore | None:
     """Where CSA rows live off memory, if they do. Raises ConfigError."""
     if not run.offload_dir:
         return None
-    return OffloadFile.create(run.offload_dir, layout, pages=num_pages, hot_bytes=run.offload_hot)
+    rows = OffloadFile.create(run.offload_dir, layout, pages=num_pages, hot_bytes=run.offload_hot)
+    if rows.is_in_memory:
+        log.warning(
+            "offload_in_memory",
+            directory=run.offload_dir,
+            reason="its file system keeps files in memory: nothing is saved; give a directory on a disk",
+        )
+    return rows
 
 
 def tier_store(run: RunConfig, layout: KVLayout, log: Log) -> TierStore | None:

@@ -14,7 +14,18 @@ import msgspec
 
 from bittrue.errors import UsageError
 
-Benchmark = Literal["ops", "frontier", "serving", "server", "peers", "long-prompt"]
+Benchmark = Literal[
+    "ops",
+    "frontier",
+    "serving",
+    "server",
+    "peers",
+    "long-prompt",
+    "cache",
+    "agent",
+    "speculation",
+    "recovery",
+]
 Unit = Literal["s", "tokens/s", "requests/s", "bytes", "bytes/s", "flop/s", "ratio", "count"]
 Label = str | int | float | bool
 

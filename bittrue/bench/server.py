@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -23,9 +23,36 @@ _START_TIMEOUT_S = 600.0
 _END_TIMEOUT_S = 60.0
 
 
+@dataclass(slots=True)
+class Serving:
+    """A server that runs as its own process, and what it says."""
+
+    url: str
+    lines: SimpleQueue[str]
+    said: list[str]
+
+    def engine_pid(self) -> int:
+        """The engine process of now, by the server's log (at level info). Raises EngineDied."""
+        with suppress(Empty):
+            while True:
+                self.said.append(self.lines.get_nowait())
+        for line in reversed(self.said):
+            found = re.search(r" engine_ready .*?pid=(\d+)", line)
+            if found:
+                return int(found[1])
+        raise EngineDied("the server did not say which process its engine is")
+
+
 @contextmanager
 def running_server(model: Path, *flags: str) -> Iterator[str]:
     """`bittrue serve MODEL` on a free port, as its own process; gives its URL. Raises EngineDied."""
+    with started_server(model, *flags) as serving:
+        yield serving.url
+
+
+@contextmanager
+def started_server(model: Path, *flags: str) -> Iterator[Serving]:
+    """The same, with what it says. Raises EngineDied."""
     command = [sys.executable, "-m", "bittrue.cli.main", "serve", str(model), "--port=0", *flags]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
@@ -33,7 +60,7 @@ def running_server(model: Path, *flags: str) -> Iterator[str]:
     reader = threading.Thread(target=_forward, args=(process.stderr, lines), daemon=True)
     reader.start()
     try:
-        yield _url(process, lines)
+        yield _serving(process, lines)
     finally:
         process.terminate()
         try:
@@ -50,7 +77,7 @@ def _forward(stream: IO[str], lines: SimpleQueue[str]) -> None:
         lines.put(line)
 
 
-def _url(process: "subprocess.Popen[str]", lines: SimpleQueue[str]) -> str:
+def _serving(process: "subprocess.Popen[str]", lines: SimpleQueue[str]) -> Serving:
     seen: list[str] = []
     deadline_s = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline_s:
@@ -63,7 +90,7 @@ def _url(process: "subprocess.Popen[str]", lines: SimpleQueue[str]) -> str:
         seen.append(line)
         found = re.search(r" serving url=(\S+)", line)
         if found:
-            return found[1]
+            return Serving(found[1], lines, seen)
     raise EngineDied("the server did not start; it said: " + "".join(seen[-20:]).strip())
 
 

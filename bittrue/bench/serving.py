@@ -154,8 +154,8 @@ async def _serve(endpoint: Endpoint, load: Load) -> Served:
     async with httpx.AsyncClient(
         base_url=endpoint.base, headers=endpoint.headers, limits=limits, timeout=timeout
     ) as client:
-        model = endpoint.model or await _first_model(client)
-        bodies = [msgspec.json.encode(_body(endpoint, model, arrival)) for arrival in trace]
+        model = endpoint.model or await first_model(client)
+        bodies = [msgspec.json.encode(body_of(endpoint, model, arrival)) for arrival in trace]
         cpu_s, start_s = time.process_time(), time.perf_counter()
         recordings = [Recording(arrival, start_s + arrival.at_s) for arrival in trace]
         if load.kind == "closed":
@@ -170,7 +170,8 @@ async def _serve(endpoint: Endpoint, load: Load) -> Served:
     return Served(tuple(read_recording(r, endpoint.chat) for r in recordings), wall_s, cpu_s)
 
 
-async def _first_model(client: httpx.AsyncClient) -> str:
+async def first_model(client: httpx.AsyncClient) -> str:
+    """The first model the server lists. Raises UsageError."""
     try:
         response = await client.get("/v1/models")
         response.raise_for_status()
@@ -179,7 +180,8 @@ async def _first_model(client: httpx.AsyncClient) -> str:
         raise UsageError(f"{client.base_url} lists no model ({error}); name one with --model") from error
 
 
-def _body(endpoint: Endpoint, model: str, arrival: Arrival) -> dict[str, Any]:
+def body_of(endpoint: Endpoint, model: str, arrival: Arrival) -> dict[str, Any]:
+    """What is posted for a request."""
     body: dict[str, Any] = {
         "model": model,
         "max_tokens": arrival.output_tokens,
@@ -200,17 +202,17 @@ async def _worker(
 ) -> None:
     for recording, body in todo:
         recording.due_s = time.perf_counter()
-        await _send(client, endpoint, recording, body)
+        await send(client, endpoint, recording, body)
 
 
 async def _send_when_due(
     client: httpx.AsyncClient, endpoint: Endpoint, recording: Recording, body: bytes
 ) -> None:
     await asyncio.sleep(max(0.0, recording.due_s - time.perf_counter()))
-    await _send(client, endpoint, recording, body)
+    await send(client, endpoint, recording, body)
 
 
-async def _send(client: httpx.AsyncClient, endpoint: Endpoint, recording: Recording, body: bytes) -> None:
+async def send(client: httpx.AsyncClient, endpoint: Endpoint, recording: Recording, body: bytes) -> None:
     """One request. A failure is part of the recording: every request is counted once."""
     headers = {"content-type": "application/json"}
     recording.sent_s = time.perf_counter()

@@ -8,7 +8,7 @@ import numpy as np
 from bittrue.errors import UsageError
 
 TraceKind = Literal["closed", "poisson", "burst"]
-_FIRST_ID = 10  # lower ids are markers in most vocabularies
+FIRST_ID = 10  # lower ids are markers in most vocabularies
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class Load:
             raise UsageError(f"rate is {self.rate}; it must be above 0")
         if not 0 <= self.spread < 1:
             raise UsageError(f"spread is {self.spread}; it must be at least 0 and below 1")
-        if self.vocab <= _FIRST_ID:
-            raise UsageError(f"vocab is {self.vocab}; it must be above {_FIRST_ID}")
+        if self.vocab <= FIRST_ID:
+            raise UsageError(f"vocab is {self.vocab}; it must be above {FIRST_ID}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def make_trace(load: Load) -> tuple[Arrival, ...]:
     for at_s in times:
         prompt_tokens = _length(load.prompt_tokens, load.spread, source)
         output_tokens = _length(load.output_tokens, load.spread, source)
-        prompt = tuple(source.integers(_FIRST_ID, load.vocab, prompt_tokens).tolist())
+        prompt = tuple(source.integers(FIRST_ID, load.vocab, prompt_tokens).tolist())
         arrivals.append(Arrival(at_s, prompt, output_tokens))
     return tuple(arrivals)
 

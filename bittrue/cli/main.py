@@ -19,6 +19,10 @@ VERBS = {
     "bench frontier": ("bittrue.cli.bench:frontier", "Measure speed and memory against context."),
     "bench serving": ("bittrue.cli.bench:serving", "Measure a server under load."),
     "bench server": ("bittrue.cli.bench:server", "Measure what the server itself costs."),
+    "bench cache": ("bittrue.cli.bench_cache:cache", "Measure what the prefix cache gains and costs."),
+    "bench agent": ("bittrue.cli.bench_cache:agent", "Measure an agent's session with the prefix cache."),
+    "bench speculation": ("bittrue.cli.bench_cache:speculation", "Measure what drafts gain."),
+    "bench recovery": ("bittrue.cli.bench_cache:recovery", "Measure recovery from a killed engine."),
     "docs": ("bittrue.cli.docs:docs", "Write the pages of docs/ the program itself knows."),
 }
 _GROUP_HELP = {"ops": "Look at the arithmetic by itself.", "bench": "Measure speed."}

@@ -526,7 +526,12 @@ class KVManager:
     # ---- the cache as a whole ----------------------------------------------------------------------------
 
     def flush(self) -> tuple[int, int]:
-        """Forgets every cached prefix on the device: (pages, snapshots) that were known."""
+        """Forgets every cached prefix on the device: (pages, snapshots) that were known. What is on its way to
+        it is not waited for."""
+        for seq_id, fetch in self._fetches.items():
+            if fetch is not None:
+                fetch.release()
+                self._fetches[seq_id] = None
         return self._tree.flush()
 
     def slot(self, seq_id: str) -> int:

@@ -526,8 +526,8 @@ class KVManager:
     # ---- the cache as a whole ----------------------------------------------------------------------------
 
     def flush(self) -> tuple[int, int]:
-        """Forgets every cached prefix on the device: (pages, snapshots) that were known. What is on its way to
-        it is not waited for."""
+        """Forgets every cached prefix on the device: (pages, snapshots) that were known. What is on its way
+        to it is not waited for."""
         for seq_id, fetch in self._fetches.items():
             if fetch is not None:
                 fetch.release()

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from bittrue.engine.assembly import Assembly
+from bittrue.kv.layout import PAGE_TOKENS
 from bittrue.probes.engines import Engines
 from bittrue.probes.result import LawResult
 from bittrue.probes.resume import STRATEGIES, Cold, ResumeProbe, edges, policy_of, strategy_of
@@ -33,8 +34,11 @@ def resumed_at_positions(engines: Engines, *, max_tokens: int, rounds: int, seed
     for strategy in STRATEGIES:
         policy = policy_of(parts, strategy_of(strategy, length))
         probe = ResumeProbe(parts, policy, seed=seed)
+        # A turn that ended within a page: the state there has a pool half full, which the next page needs.
+        turn = max(1, length - PAGE_TOKENS - 22)
+        probe.cold(tokens[:turn])
         cold = probe.cold(tokens)
-        positions = set(edges(policy, length))
+        positions = {*edges(policy, length), turn - 1, turn} & set(range(1, length))
         positions |= {draw.randrange(1, length) for _ in range(4 * rounds)}
         yield resumed_result(probe, cold, sorted(positions), strategy)
         yield branched_result(parts, probe, cold, draw, rounds)
@@ -44,8 +48,9 @@ def resumed_result(probe: ResumeProbe, cold: Cold, positions: Sequence[int], str
     """Resumes at all ``positions`` and sums up."""
     exercised: Counter[str] = Counter()
     found, count = None, 0
-    for position in positions:
-        one = probe.resume(cold, position, TAIL)
+    for index, position in enumerate(positions):
+        # Now and then to the end: some of what is wrong shows when a page ends.
+        one = probe.resume(cold, position, TAIL if index % 3 else len(cold.tokens))
         count += one.num_positions
         if one.tier is not None:
             exercised[f"tokens from {one.tier}"] += one.start

@@ -26,7 +26,7 @@ from bittrue.probes.workload import (
 from bittrue.spec.proposer import Choose, DraftView
 
 MAX_DRAFT = 8
-LENGTHS = (3, 61, 126, 140, 5, 253)  # of prompts: drafts cross the ends of groups and pages
+LENGTHS = (3, 104, 126, 237, 5, 253)  # of prompts: drafts cross the ends of groups and pages
 MAX_TOKENS = 40
 PATTERNS = ("right", "second", "random", "wrong")  # and "wrong at j", for every place j
 

@@ -18,6 +18,7 @@ from bittrue.ops.numeric import first_difference
 
 STRATEGIES = ("full", "periodic", "recompute")
 SPACE = b"probe"
+_SCRIBBLE = 0x41  # finite in every format
 
 # (layer and part) -> its rows that are live, by position.
 State = Mapping[str, Tensor]
@@ -115,10 +116,24 @@ class ResumeProbe:
 
     def _admit(self, tokens: Sequence[int], limit: int) -> tuple[str, Admission]:
         self._count += 1
-        name = f"probe-{self._count}"
+        name, evicted = f"probe-{self._count}", self.kv.num_evicted
         admission = self.kv.admit(name, tokens, SPACE, limit=limit, ahead=len(tokens))
         assert admission is not None, "the KV memory is too small for the probe"
+        if self.kv.num_evicted == evicted:  # else what was evicted is perhaps to be copied from there
+            self._scribble(name, admission)
         return name, admission
+
+    def _scribble(self, name: str, admission: Admission) -> None:
+        """Writes over the memory a sequence gets: nobody is to find there, left by another, what should
+        have been copied."""
+        fresh = list(self.kv.page_ids(name)[admission.kept // PAGE_TOKENS :])
+        for cache in self.runner.caches:
+            for part in (cache.window, cache.csa, cache.csa_index, cache.hca_fold, cache.hca_pending):
+                if part is not None:
+                    part[admission.slot].view(torch.uint8).fill_(_SCRIBBLE)
+            for paged in (cache.rows, cache.keys):
+                if paged is not None:
+                    paged[fresh] = _SCRIBBLE
 
     def _chunk_end(self, name: str, start: int, end: int) -> int:
         stop = self.kv.next_stop(name, start, end - 1)

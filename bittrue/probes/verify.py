@@ -143,7 +143,7 @@ def _survived(law: str, results: Iterator[LawResult]) -> Iterator[LawResult]:
     """The results; a failure on the way is one too: no request may end in an error, whatever path it took."""
     try:
         yield from results
-    except (BittrueError, AssertionError) as error:
+    except (BittrueError, AssertionError, ValueError, LookupError, RuntimeError) as error:
         yield LawResult(law, "failed", 0, f"{type(error).__name__}: {error}")
 
 

@@ -28,7 +28,7 @@ class CacheCost:
     tell: Tell
     prompt_tokens: int = 4096
     prefills: int = 5
-    step_rounds: int = 16
+    step_rounds: int = 40
     threads: int = 0
     seed: int = 0
 

@@ -2,7 +2,18 @@
 
 from collections.abc import Iterator
 
-from bittrue.bench.result import Label, Measurement, Result
+from bittrue.bench.cells import head, row, shown, with_spread
+from bittrue.bench.report_cache import (
+    AGENT,
+    CACHE,
+    RECOVERY,
+    SPECULATION,
+    agent_tables,
+    cache_tables,
+    recovery_tables,
+    speculation_tables,
+)
+from bittrue.bench.result import Label, Result
 from bittrue.bench.targets import Results, Target, targets
 
 _LEAST_SHARE = 0.02  # of a step: what an op takes to have a line
@@ -65,13 +76,17 @@ def page(results: Results) -> str:
         (_FRONTIER, "frontier", _frontier_table),
         (_OPS, "ops", _ops_tables),
         (_SERVER, "server", _seconds_table),
+        (CACHE, "cache", cache_tables),
+        (AGENT, "agent", agent_tables),
+        (SPECULATION, "speculation", speculation_tables),
+        (RECOVERY, "recovery", recovery_tables),
         ("## Under load\n\n", "serving", _seconds_table),
         ("## A long prompt over HTTP\n\n", "long-prompt", _chunks_table),
     )
-    for head, benchmark, tables in sections:
+    for text, benchmark, tables in sections:
         chosen = {file: r for file, r in results.items() if r.benchmark == benchmark}
         if chosen:
-            parts.append(head)
+            parts.append(text)
         for file, result in chosen.items():
             parts += [f"`benchmarks/results/{file}`: {_place(result)}\n\n", *tables(result)]
     parts += [_SOURCES, *(_source_row(file, result) for file, result in results.items())]
@@ -83,15 +98,15 @@ def page(results: Results) -> str:
 
 def _target_row(target: Target) -> str:
     met = {True: "yes", False: "**no**", None: "not measured"}[target.is_met]
-    bound = f"{'at least' if target.is_least else 'at most'} {_shown(target.bound, target.unit)}"
-    seen = "" if target.seen is None else _with_spread(target.seen)
-    return _row(target.measure, bound, seen, met, f"`{target.file}`" if target.file else "")
+    bound = f"{'at least' if target.is_least else 'at most'} {shown(target.bound, target.unit)}"
+    seen = "" if target.seen is None else with_spread(target.seen)
+    return row(target.measure, bound, seen, met, f"`{target.file}`" if target.file else "")
 
 
 def _source_row(file: str, r: Result) -> str:
     config = ", ".join(f"{name} {value}" for name, value in r.config.items())
     machine = f"{r.machine}, {r.cores} cores"
-    return _row(f"`{file}`", f"`{r.command}`", f"`{r.commit}`", r.date[:10], machine, config)
+    return row(f"`{file}`", f"`{r.command}`", f"`{r.commit}`", r.date[:10], machine, config)
 
 
 def _place(r: Result) -> str:
@@ -107,28 +122,28 @@ def _peers_tables(r: Result) -> Iterator[str]:
     columns = list(dict.fromkeys((m.name, m.labels["batch"], m.labels["context"]) for m in speeds))
     columns.sort(key=lambda c: (str(c[0]), int(c[1]), int(c[2])))
     engines = list(dict.fromkeys(str(m.labels["engine"]) for m in speeds))
-    yield _head(f"{r.config['preset']}: engine", *(f"{n}, batch {b}, {int(c):,}" for n, b, c in columns))
+    yield head(f"{r.config['preset']}: engine", *(f"{n}, batch {b}, {int(c):,}" for n, b, c in columns))
     for engine in engines:
         cells = (r.find(n, engine=engine, batch=b, context=c) for n, b, c in columns)
-        yield _row(engine, *("" if m is None else f"{m.median:,.0f}" for m in cells))
+        yield row(engine, *("" if m is None else f"{m.median:,.0f}" for m in cells))
     ratios = (r.find(f"{n} over fastest peer", batch=b, context=c) for n, b, c in columns)
-    yield _row("**bittrue over the fastest peer**", *("" if m is None else _with_spread(m) for m in ratios))
+    yield row("**bittrue over the fastest peer**", *("" if m is None else with_spread(m) for m in ratios))
     yield "\n"
     checks = [m for m in r.measurements if m.name == "same likeliest token"]
     if checks:
-        yield _head(
+        yield head(
             "output against bittrue in float32", "tokens", "same likeliest token", "log-probability off by"
         )
         for m in checks:
             error = r.find("log-probability error", engine=m.labels["engine"], tokens=m.labels["tokens"])
             known = "" if m.labels["agrees"] else " (another model: a bar for speed only)"
             shown = "" if error is None else f"{error.median:.1e}"
-            yield _row(f"{m.labels['engine']}{known}", str(m.labels["tokens"]), f"{m.median:.1%}", shown)
+            yield row(f"{m.labels['engine']}{known}", str(m.labels["tokens"]), f"{m.median:.1%}", shown)
         yield "\n"
 
 
 def _frontier_table(r: Result) -> Iterator[str]:
-    yield _head(
+    yield head(
         f"{r.config['model']}: context",
         "rows",
         "prefill, tokens/s",
@@ -146,7 +161,7 @@ def _frontier_table(r: Result) -> Iterator[str]:
             m = r.find(name, context=context)
             return "" if m is None else f"{m.median * scale:,.{digits}f}"
 
-        yield _row(
+        yield row(
             f"{int(context):,}",
             "random" if decode.labels["filled"] else "computed",
             cell("prefill"),
@@ -172,7 +187,7 @@ def _by_op(r: Result, of: str, title: str) -> Iterator[str]:
     shares: dict[str, list[float]] = {}
     for m in found:
         shares.setdefault(str(m.labels["op"]), []).append(m.median / totals[m.labels["context"]])
-    yield _head(f"{title}, by op", *(f"{int(c):,}" for c in contexts))
+    yield head(f"{title}, by op", *(f"{int(c):,}" for c in contexts))
     for op in sorted(shares, key=lambda op: -max(shares[op])):
         if max(shares[op]) >= _LEAST_SHARE:
             each = (r.find(f"{of}, by op", op=op, context=c) for c in contexts)
@@ -180,13 +195,13 @@ def _by_op(r: Result, of: str, title: str) -> Iterator[str]:
                 "" if m is None else f"{m.median * 1e3:.3f} ({m.median / totals[c]:.0%})"
                 for m, c in zip(each, contexts, strict=True)
             )
-            yield _row("outside of the ops" if op == "rest" else f"`{op}`", *cells)
+            yield row("outside of the ops" if op == "rest" else f"`{op}`", *cells)
     steps = [s for c in contexts if (s := r.find(of, context=c)) is not None and s.bytes]
     if len(steps) == len(contexts):
-        yield _row("floor: MB to read", *(f"{m.bytes / 1e6:,.1f}" for m in steps))
-        yield _row("floor: million operations", *(f"{m.flops / 1e6:,.0f}" for m in steps))
-        yield _row("reached: GB/s", *(f"{m.bytes_per_s / 1e9:.1f}" for m in steps))
-        yield _row("reached: GFLOP/s", *(f"{m.flops_per_s / 1e9:.1f}" for m in steps))
+        yield row("floor: MB to read", *(f"{m.bytes / 1e6:,.1f}" for m in steps))
+        yield row("floor: million operations", *(f"{m.flops / 1e6:,.0f}" for m in steps))
+        yield row("reached: GB/s", *(f"{m.bytes_per_s / 1e9:.1f}" for m in steps))
+        yield row("reached: GFLOP/s", *(f"{m.flops_per_s / 1e9:.1f}" for m in steps))
     yield "\n"
 
 
@@ -197,74 +212,51 @@ def _ops_tables(r: Result) -> Iterator[str]:
             f"Here a copy moves {copy.bytes_per_s / 1e9:.1f} GB/s and a read {read.bytes_per_s / 1e9:.1f}; "
             f"torch multiplies float32 squares at {product.flops_per_s / 1e9:.0f} GFLOP/s.\n\n"
         )
-    yield _head("one row", "GB/s", "share of copy", "share of read")
+    yield head("one row", "GB/s", "share of copy", "share of read")
     for m in (m for m in r.measurements if m.name == "linear, one row"):
         shares = (
             r.find("linear, share of bandwidth", format=m.labels["format"], of=of) for of in ("copy", "read")
         )
-        yield _row(
+        yield row(
             str(m.labels["case"]),
             f"{m.bytes_per_s / 1e9:.1f}",
-            *("" if s is None else _with_spread(s) for s in shares),
+            *("" if s is None else with_spread(s) for s in shares),
         )
-    yield "\n" + _head("many rows", "GFLOP/s", "share of torch f32", "share of torch bf16")
+    yield "\n" + head("many rows", "GFLOP/s", "share of torch f32", "share of torch bf16")
     for m in (m for m in r.measurements if m.name == "linear, many rows"):
         same = {"format": m.labels["format"], "rows": m.labels["rows"]}
         shares = (r.find("linear, share of torch", of=f"torch {form}", **same) for form in ("f32", "bf16"))
-        yield _row(
+        yield row(
             str(m.labels["case"]),
             f"{m.flops_per_s / 1e9:.0f}",
-            *("" if s is None else _with_spread(s) for s in shares),
+            *("" if s is None else with_spread(s) for s in shares),
         )
     yield "\n"
 
 
 def _seconds_table(r: Result) -> Iterator[str]:
-    yield _head("measure", "median", "10th to 90th percentile", "99th", "repeats")
+    yield head("measure", "median", "10th to 90th percentile", "99th", "repeats")
     for m in r.measurements:
-        spread = f"{_shown(m.low, m.unit)} to {_shown(m.high, m.unit)}" if m.repeats > 1 else ""
-        tail = _shown(float(m.labels["p99"]), m.unit) if "p99" in m.labels else ""
-        yield _row(m.name, _shown(m.median, m.unit), spread, tail, str(m.repeats))
+        spread = f"{shown(m.low, m.unit)} to {shown(m.high, m.unit)}" if m.repeats > 1 else ""
+        tail = shown(float(m.labels["p99"]), m.unit) if "p99" in m.labels else ""
+        yield row(m.name, shown(m.median, m.unit), spread, tail, str(m.repeats))
     yield "\n"
 
 
 def _chunks_table(r: Result) -> Iterator[str]:
     """One line per chunk size; every one after the first is compared with it."""
-    yield _head("tokens a step", "first token", "prefill", "decode", "largest resident", "same bits")
+    yield head("tokens a step", "first token", "prefill", "decode", "largest resident", "same bits")
     for first in (m for m in r.measurements if m.name == "time to first token"):
         chunk = first.labels["chunk"]
         names = ("prefill", "decode", "largest resident", "same bits as the first")
         prefill, decode, resident, same = (r.find(name, chunk=chunk) for name in names)
         assert prefill and decode and resident and same
-        yield _row(
+        yield row(
             str(chunk),
-            _shown(first.median, "s"),
-            _shown(prefill.median, prefill.unit),
-            _shown(decode.median, decode.unit),
+            shown(first.median, "s"),
+            shown(prefill.median, prefill.unit),
+            shown(decode.median, decode.unit),
             f"{resident.median / 1e6:,.0f} MB",
             "yes" if same.median else "**no**",
         )
     yield "\n"
-
-
-# ---- cells ----
-
-
-def _head(*names: str) -> str:
-    return _row(*names) + "|" + "---|" * len(names) + "\n"
-
-
-def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
-
-
-def _with_spread(m: Measurement) -> str:
-    if m.repeats == 1:
-        return _shown(m.median, m.unit)
-    return f"{_shown(m.median, m.unit)} ({_shown(m.low, m.unit)} to {_shown(m.high, m.unit)})"
-
-
-def _shown(value: float, unit: str) -> str:
-    if unit == "s":
-        return f"{value:.2f} s" if abs(value) >= 0.1 else f"{value * 1e3:.3f} ms"
-    return f"{value:.2f}" if unit == "ratio" else f"{value:,.0f} {unit}".removesuffix(" count")

@@ -44,6 +44,9 @@ def targets(results: Results) -> list[Target]:
         *_of(results, "frontier", _frontier),
         *_of(results, "ops", _ops),
         *_of(results, "server", _server),
+        *_of(results, "cache", _cache),
+        *_of(results, "agent", _agent),
+        *_of(results, "speculation", _speculation),
     ]
 
 
@@ -104,3 +107,38 @@ def _server(result: Result | None) -> Iterator[Target]:
     yield Target(f"server start to first token{model}", "s", 3.0, False, seen)
     seen = result.find("added per streamed token", streams=16) if result else None
     yield Target(f"added by the server per streamed token, 16 streams{model}", "s", 1e-3, False, seen)
+
+
+def _cache(result: Result | None) -> Iterator[Target]:
+    model = f" ({result.config['model']})" if result else ""
+    ways = {"device": 0.02, "host": 0.05, "disk, read lately": 0.15, "disk, not in memory": 0.15}
+    for way, most in ways.items():
+        seen = result.find("first token over cold", **{"from": way}) if result else None
+        yield Target(
+            f"first token of a cached prompt from {way}, over cold{model}", "ratio", most, False, seen
+        )
+    ratios = [m for m in result.measurements if m.name == "cached bytes over arithmetic"] if result else []
+    largest = max(ratios, key=lambda m: m.median, default=None)
+    yield Target(f"bytes of a cached prompt, over the arithmetic{model}", "ratio", 1.0, False, largest)
+    seen = result.find("prefill without a hit, over off", cache="on") if result else None
+    yield Target(f"prefill without a hit, cache on over off{model}", "ratio", 1.02, False, seen)
+    for batch in (1, 8):
+        seen = result.find("decode step, over off", cache="on", batch=batch) if result else None
+        yield Target(f"decode step, batch {batch}, cache on over off{model}", "ratio", 1.02, False, seen)
+
+
+def _agent(result: Result | None) -> Iterator[Target]:
+    model = f" ({result.config['model']})" if result else ""
+    seen = result.find("token hit rate", of="cache") if result else None
+    yield Target(f"token hit rate of an agent's session{model}", "ratio", 0.95, True, seen)
+
+
+def _speculation(result: Result | None) -> Iterator[Target]:
+    """Drafts that are never right must cost next to nothing."""
+    model = f" ({result.config['model']})" if result else ""
+    for text, by in (("random, of 32 tokens", "ngram"), ("of random weights", "mtp")):
+        for batch in (1, 8):
+            found = {"text": text, "by": by, "drafts": "adaptive", "batch": batch}
+            seen = result.find("decode over off", **found) if result else None
+            measure = f"decode with drafts of {by} that are wrong, batch {batch}, over off{model}"
+            yield Target(measure, "ratio", 0.97, True, seen)

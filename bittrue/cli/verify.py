@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -42,6 +43,14 @@ def verify(
 
     Exit code 0: every law holds; 1: one is broken; 3: none is, but one was not exercised.
     """
+    options = Options(
+        max_tokens=max_tokens,
+        rounds=rounds,
+        seed=seed,
+        threads=tuple(sorted({1, 2, 5, os.cpu_count() or 1})),
+        laws=_chosen(laws),
+        kills=kills,
+    )
     for name, value, least in (
         ("max-tokens", max_tokens, 2),
         ("rounds", rounds, 1),
@@ -50,31 +59,8 @@ def verify(
     ):
         if value < least:
             raise UsageError(f"--{name} is {value}; it must be at least {least}")
-    try:
-        chosen = law_numbers(laws)
-    except ValueError as error:
-        raise UsageError(f"--laws {laws}: {error}") from None
-    flags = {
-        "model": str(model),
-        "level": level,
-        "act": act,
-        "backend": backend,
-        "isa": isa,
-        "kv_memory": "512MiB",
-        "max_running": 16,
-        "prefix_cache": False,
-        "log_level": "error",
-    }
-    with LoadProgress(Log(sys.stderr), str(model)) as progress:
-        engine = Engine(model, load_run_config(None, flags), progress=progress)
-    options = Options(
-        max_tokens=max_tokens,
-        rounds=rounds,
-        seed=seed,
-        threads=tuple(sorted({1, 2, 5, os.cpu_count() or 1})),
-        laws=chosen,
-        kills=kills,
-    )
+    choices = {"level": level, "act": act, "backend": backend, "isa": isa}
+    engine = _plain_engine(model, choices)
     results = _run(engine, options)
     rows = summary(results)
     verdict = overall(rows)
@@ -90,6 +76,27 @@ def verify(
     else:
         Console().print(result_table(rows))
     return EXIT[verdict]
+
+
+def _chosen(laws: str) -> tuple[str, ...]:
+    try:
+        return law_numbers(laws)
+    except ValueError as error:
+        raise UsageError(f"--laws {laws}: {error}") from None
+
+
+def _plain_engine(model: Path, choices: Mapping[str, str]) -> Engine:
+    """What all others are held to: it takes no fast path."""
+    flags = {
+        "model": str(model),
+        "kv_memory": "512MiB",
+        "max_running": 16,
+        "prefix_cache": False,
+        "log_level": "error",
+        **choices,
+    }
+    with LoadProgress(Log(sys.stderr), str(model)) as progress:
+        return Engine(model, load_run_config(None, flags), progress=progress)
 
 
 def _run(engine: Engine, options: Options) -> list[LawResult]:

@@ -36,7 +36,8 @@ def resumed_at_positions(engines: Engines, *, max_tokens: int, rounds: int, seed
         probe = ResumeProbe(parts, policy, seed=seed)
         # A turn that ended within a page: the state there has a pool half full, which the next page needs.
         turn = max(1, length - PAGE_TOKENS - 22)
-        probe.cold(tokens[:turn])
+        if strategy != "recompute":
+            probe.cold(tokens[:turn])
         cold = probe.cold(tokens)
         positions = {*edges(policy, length), turn - 1, turn} & set(range(1, length))
         positions |= {draw.randrange(1, length) for _ in range(4 * rounds)}

@@ -66,12 +66,49 @@ def results(tmp_path: Path) -> dict[str, Result]:
         measured("linear, share of bandwidth", "ratio", [0.99], {"format": "fp4", "of": "read"}),
     ]
     server = [measured("start to first token", "s", [3.5], {})]
+    way = {"from": "disk, not in memory"}
+    place = {"strategy": "full", "tokens": 512, "states": 5, "tier": "host"}
+    cache = [
+        measured("time to first token", "s", [2.0], {"from": "cold", "tokens": 512, "cached": 0}),
+        measured("time to first token", "s", [0.4], {**way, "tokens": 512, "cached": 511}),
+        measured("first token over cold", "ratio", [0.2], {**way, "tokens": 512}),
+        measured("bytes per cached token", "bytes", [1627.4], place),
+        measured("cached bytes over arithmetic", "ratio", [1.0], place),
+        measured("bytes per token by arithmetic", "bytes", [1621.0], {"strategy": "full"}),
+        measured("bytes per token by arithmetic", "bytes", [43026.0], {"shape": "flash", "strategy": "full"}),
+        measured("bytes of a state", "bytes", [5057536], {"shape": "flash"}),
+        measured("decode step", "s", [0.5], {"cache": "off", "batch": 8}),
+        measured("prefill without a hit", "s", [4.0], {"cache": "off", "tokens": 512}),
+        measured("prefill without a hit", "s", [4.1], {"cache": "on", "tokens": 512}),
+        measured("prefill without a hit, over off", "ratio", [1.01], {"cache": "on", "tokens": 512}),
+        measured("decode step, over off", "ratio", [1.5], {"cache": "on", "batch": 8}),
+    ]
+    agent = [
+        measured("token hit rate", "ratio", [0.961], {"of": "cache", "requests": 3}),
+        measured("token hit rate after the first request", "ratio", [0.98], {"of": "cache", "requests": 3}),
+        measured("session", "s", [7.0], {"cache": "on", "requests": 3}),
+    ]
+    adaptive = {"text": "random, of 32 tokens", "by": "ngram", "drafts": "adaptive", "batch": 1}
+    speculation = [
+        measured("decode", "tokens/s", [100.0], adaptive),
+        measured("decode over off", "ratio", [0.99], adaptive),
+        measured("acceptance", "ratio", [0.25], {**adaptive, "place": 1, "drafted": 1000}),
+    ]
+    many = {"streams": 32, "tier": "disk"}
+    recovery = [
+        measured("kill to engine ready", "s", [1.0], many),
+        measured("kill to next token", "s", [2.0, 3.0, 4.0], many),
+    ]
     flash = {"index_heads": 64, "index_topk": 512}
     for name, result in {
         "frontier.json": stored("frontier", frontier, model="flash4", threads=2, **flash),
         "ops.json": stored("ops", ops, threads=2),
         "peers-t256.json": stored("peers", peers, preset="t256", threads=2),
         "server.json": stored("server", server, model="tiny", threads=2),
+        "cache.json": stored("cache", cache, model="t256", threads=2),
+        "agent.json": stored("agent", agent, model="t256", threads=2),
+        "speculation.json": stored("speculation", speculation, model="t256", threads=2),
+        "recovery.json": stored("recovery", recovery, model="t256", threads=2),
     }.items():
         write_result(tmp_path / name, result)
     return read_results(tmp_path)
@@ -92,11 +129,19 @@ def test_targets_are_judged_by_the_stored_medians(results: dict[str, Result]) ->
     )  # 0.79: of the copy, not of the read
     assert found["linear, one row, bf16, share of copy bandwidth"] is None
     assert found["server start to first token (tiny)"] is False  # at most 3 s
+    first = "first token of a cached prompt from"
+    assert found[f"{first} disk, not in memory, over cold (t256)"] is False  # 0.2, at most 0.15
+    assert found[f"{first} host, over cold"] is None
+    assert found["bytes of a cached prompt, over the arithmetic (t256)"] is True
+    assert found["prefill without a hit, cache on over off (t256)"] is True  # 1.01, at most 1.02
+    assert found["decode step, batch 8, cache on over off (t256)"] is False
+    assert found["token hit rate of an agent's session (t256)"] is True
+    assert found["decode with drafts of ngram that are wrong, batch 1, over off (t256)"] is True
 
 
 def test_every_target_is_listed_when_nothing_is_stored() -> None:
     found = verdicts({})
-    assert len(found) == 6 + 2 + 3 + 6 + 2
+    assert len(found) == 6 + 2 + 3 + 6 + 2 + 8 + 1 + 4
     assert set(found.values()) == {None}
     assert "not measured" in page({})
 
@@ -131,6 +176,14 @@ def test_the_page_holds_every_number_with_its_source(results: dict[str, Result])
     assert next(row for row in rows if row[0] == "917,504")[1] == "random"
     assert next(row for row in rows if row[0] == "4,096")[1:3] == ["computed", "50"]
     assert ["1x1", "18.0", "0.79", "0.99"] in rows
+    assert ["disk, not in memory", "0.40 s", "0.20", "511 of 512"] in rows
+    assert ["full", "5", "1,627", "1.0000 to 1.0000", "1,621"] in rows
+    assert ["flash", "43,026", "5,057,536", "", ""] in rows
+    assert ["prefill without a hit, tokens 512", "4.00 s", "1.01"] in rows
+    assert ["decode step, batch 8", "0.50 s", "1.50"] in rows
+    assert ["cache", "96.1%", "98.0%"] in rows
+    assert ["random, of 32 tokens", "1", "ngram", "adaptive", "0.99", "100", "25% of 1,000"] in rows
+    assert ["32", "yes", "1.00 s", "3.00 s (2.00 s to 4.00 s)", ""] in rows
     sources = [row for row in rows if row[1:2] == ["`make peers`"]]
     assert sources == [["`peers-t256.json`", "`make peers`", "`abc`", "2026-01-02", "CPU, 2 cores",
                         "preset t256, threads 2"]]  # fmt: skip

@@ -51,14 +51,13 @@ async def _serve(config: RunConfig, log: Log, listener: socket.socket, engine: E
     metrics = Metrics()
     client = EngineClient(config, log, metrics)
     loop = asyncio.get_running_loop()
-    start = _Start(asyncio.current_task())
-    # From here on every SIGTERM has an owner: handlers are replaced, never removed.
-    loop.add_signal_handler(signal.SIGTERM, start.cancel)
+    end = _End(asyncio.current_task())
+    loop.add_signal_handler(signal.SIGTERM, end.ask)
     try:
         try:
             state = await _start(config, log, metrics, client, engine)
         except asyncio.CancelledError:
-            if not start.is_cancelled:
+            if not end.is_cancelled:
                 raise
             return 0
         if state.is_limited_by_memory:
@@ -71,8 +70,8 @@ async def _serve(config: RunConfig, log: Log, listener: socket.socket, engine: E
         settle_interrupted(state)
         server = Server(state, listener)
         client.on_dead = server.engine_died
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, server.begin_drain)
+        end.server = server
+        loop.add_signal_handler(signal.SIGINT, end.ask)
         await server.serve(sockets=[listener])
         return server.exit_code
     finally:
@@ -80,17 +79,25 @@ async def _serve(config: RunConfig, log: Log, listener: socket.socket, engine: E
         log.info("stopped")
 
 
-class _Start:
-    """The start-up, which SIGTERM cancels: nothing is lost before the server listens, so it exits with 0."""
+class _End:
+    """What a signal asks for: the start-up is cancelled, once, a server drains.
+
+    One owner of the signals all the time: a loop may call a handler that has just been replaced. Nothing is
+    lost before the server listens, so a cancelled start exits with 0.
+    """
 
     def __init__(self, task: "asyncio.Task[object] | None") -> None:
         assert task is not None
         self.is_cancelled = False
+        self.server: Server | None = None
         self._task = task
 
-    def cancel(self) -> None:
-        self.is_cancelled = True
-        self._task.cancel()
+    def ask(self) -> None:
+        if self.server is not None:
+            self.server.begin_drain()
+        elif not self.is_cancelled:
+            self.is_cancelled = True
+            self._task.cancel()
 
 
 class _Relay(logging.Handler):

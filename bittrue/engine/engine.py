@@ -17,7 +17,7 @@ from bittrue.engine.assembly import Assembly, Progress, assemble
 from bittrue.engine.drafting import Drafted, Drafting
 from bittrue.engine.output import Draw, Ending, Output
 from bittrue.engine.plan import ScheduledSequence, SequenceOutput, StepPlan
-from bittrue.engine.sampler import SampleInput, sample, token_logprob
+from bittrue.engine.sampler import SampleInput, SampleOutput, sample, token_logprob
 from bittrue.engine.scheduler import Scheduler, SchedulerLimits
 from bittrue.engine.types import (
     EngineStats,
@@ -323,28 +323,46 @@ class Engine:
             if part.samples
         ]
         drawn = {part.seq_id: Draw() for part, _ in going}
-        place = 0
         while going:
-            done = 0
-            for block, logits in self._runner.logits_by_block(streams, [row + place for _, row in going]):
-                parts = [part for part, _ in going[done : done + len(block)]]
-                done += len(block)
-                items = [self._sample_input(part, place) for part in parts]
-                for part, result in zip(parts, sample(logits, items, self._ops), strict=True):
-                    drawn[part.seq_id].take(result, self._outputs[part.seq_id])
+            # Where a choice does not depend on the tokens before it, all places of a step are drawn at once.
+            asked = [
+                (part, row, place)
+                for part, row in going
+                for place in self._places(part, len(drawn[part.seq_id].token_ids))
+            ]
+            results = self._sample(streams, asked)
+            for part, _, place in asked:
+                draw, result = drawn[part.seq_id], next(results)
+                if draw.ending is None and draw.token_ids == list(part.drafts[:place]):
+                    draw.take(result, self._outputs[part.seq_id])
             going = [
                 (part, row)
                 for part, row in going
                 if drawn[part.seq_id].ending is None
-                and part.drafts[place : place + 1] == (drawn[part.seq_id].token_ids[place],)
+                and len(drawn[part.seq_id].token_ids) <= len(part.drafts)
+                and drawn[part.seq_id].token_ids == list(part.drafts[: len(drawn[part.seq_id].token_ids)])
             ]
-            place += 1
         for part in plan.sequences:
             if part.drafts:
                 output = self._outputs[part.seq_id]
                 output.num_drafted += len(part.drafts)
                 output.num_accepted += len(drawn[part.seq_id].token_ids) - 1
         return drawn
+
+    def _places(self, part: ScheduledSequence, done: int) -> range:
+        """The places of a step whose tokens can be drawn when ``done`` are."""
+        last = len(part.drafts) if self._outputs[part.seq_id].is_memoryless else done
+        return range(done, last + 1)
+
+    def _sample(
+        self, streams: Tensor, asked: Sequence[tuple[ScheduledSequence, int, int]]
+    ) -> Iterator[SampleOutput]:
+        """What is drawn at (sequence, row of its place 0, place), in order."""
+        done = 0
+        for block, logits in self._runner.logits_by_block(streams, [row + place for _, row, place in asked]):
+            items = [self._sample_input(part, place) for part, _, place in asked[done : done + len(block)]]
+            done += len(block)
+            yield from sample(logits, items, self._ops)
 
     def _sample_input(self, part: ScheduledSequence, place: int) -> SampleInput:
         """For the token after draft number ``place`` of the step (0: after the last known token)."""

@@ -44,6 +44,18 @@ class Output:
     def wants_prompt_logprobs(self) -> bool:
         return self.request.params.prompt_logprobs is not None and not self.is_prompt_reported
 
+    @property
+    def is_memoryless(self) -> bool:
+        """The choice of a token depends on the logits at its place alone, not on the tokens before it."""
+        p = self.request.params
+        return (
+            self.grammar is None
+            and p.repetition_penalty == 1.0
+            and not p.presence_penalty
+            and not p.frequency_penalty
+            and len(self.generated) >= p.min_tokens
+        )
+
     def end_ids(self) -> frozenset[int]:
         params = self.request.params
         stops = frozenset(params.stop_token_ids)

@@ -29,7 +29,9 @@ LAST_PAUSE: Final = 1024
 LOOK_EVERY: Final = 8  # steps without drafts between two looks at whether they pay
 # A time enters an estimate by this share at least, and counts as at most twice or half of it.
 _TIME_SHARE: Final = 1 / 16
+_TIME_SHARE_DOWN: Final = 1 / 3
 _TIME_CLIP: Final = 2.0
+_TIME_FIRST: Final = 4  # values of which the least counts
 # Sizes nearer than this are one point: the difference of their times would be noise.
 _NEAR: Final = 1.2
 _ROW_GUESS: Final = 0.05  # cost of a further row, in steps of one, where only one size was seen
@@ -76,11 +78,13 @@ class DraftControl:
         if num_drafted == 0:
             return
         state = self._state(seq_id)
-        if state.is_trying:
+        state.num_idle = 0
+        if state.is_trying and num_accepted > 0:
+            state.places = _Places(self.max_draft, _SEQUENCE_DECAY)
+            state.num_idle = state.pause  # again at once: one good draft is seldom alone
+        elif state.is_trying:
             state.pause = min(2 * state.pause, LAST_PAUSE)
-            if num_accepted > 0:
-                state.places = _Places(self.max_draft, _SEQUENCE_DECAY)
-        state.is_trying, state.num_idle = False, 0
+        state.is_trying = False
         state.places.observe(num_drafted, num_accepted)
         self._engine.observe(num_drafted, num_accepted)
 
@@ -189,7 +193,8 @@ class _Sequence:
 
 
 class _Time:
-    """A running estimate of seconds. The first value is left out: it pays for what is made once."""
+    """A running estimate of seconds, nearer to the quick ones: what disturbs a step makes it slower. The
+    first value is left out: it pays for what is made once."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -203,9 +208,12 @@ class _Time:
         self._num_seen += 1
         if self._num_seen == 2:
             self.seconds = seconds
+        elif self._num_seen <= _TIME_FIRST:
+            self.seconds = min(self.seconds, seconds)  # a rare size is soon believed, and wrong for long
         elif self._num_seen > 2:
             clipped = min(max(seconds, self.seconds / _TIME_CLIP), self.seconds * _TIME_CLIP)
-            self.seconds += max(1 / (self._num_seen - 1), _TIME_SHARE) * (clipped - self.seconds)
+            share = _TIME_SHARE if clipped > self.seconds else _TIME_SHARE_DOWN
+            self.seconds += share * (clipped - self.seconds)
 
 
 @dataclass(slots=True)

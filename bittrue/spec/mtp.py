@@ -43,11 +43,11 @@ class MtpProposer:
         self._forwards: dict[int, Captured] = {}
         self._stores: dict[int, Captured] = {}
 
-    @torch.inference_mode()
     @property
     def is_lazy(self) -> bool:
         return False  # its window ring holds what only this step's streams tell
 
+    @torch.inference_mode()
     def after_step(
         self, streams: Tensor, views: Sequence[DraftView], choose: Choose
     ) -> list[tuple[int, ...]]:

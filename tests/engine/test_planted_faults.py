@@ -47,6 +47,7 @@ def test_the_verb_says_which_law_a_planted_fault_breaks(
     assert row["law"] == fault.law and row["first_difference"] is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS)
 def test_without_a_fault_nothing_is_found(model: Path, law: str) -> None:
     assert broken_variant(model, law) is None

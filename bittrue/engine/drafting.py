@@ -17,7 +17,7 @@ from bittrue.spec.proposer import DraftView, Proposer
 
 @dataclass(frozen=True, slots=True)
 class Drafted:
-    """One sequence that goes on after a step, the step's part of it, and the first row of its streams."""
+    """One sequence after a step, the step's part of it, and the first row of its streams."""
 
     sequence: Sequence
     output: Output
@@ -47,14 +47,16 @@ class Drafting:
     def after_step(
         self, streams: Tensor, live: Seq[Drafted], num_rows: int, begun_s: float
     ) -> list[tuple[str, tuple[int, ...]]]:
-        """Drafts for every sequence of ``live`` that decodes. ``begun_s``: ``time.perf_counter`` when the
-        step of ``num_rows`` rows began."""
+        """Drafts for every sequence of ``live`` that decodes, and has not ended with the step.
+
+        ``begun_s``: ``time.perf_counter`` when the step of ``num_rows`` rows began.
+        """
         if self._proposer is None:
             return []
         drafting_s = time.perf_counter()
         self._control.observe_step(num_rows, drafting_s - begun_s)
         for each in live:
-            if each.part.drafts and each.draw is not None:
+            if each.part.drafts and each.draw is not None and not each.sequence.is_finished:
                 accepted = len(each.draw.token_ids) - 1
                 self._control.observe_drafts(each.sequence.seq_id, len(each.part.drafts), accepted)
         wants = self._wants(live)
@@ -66,7 +68,8 @@ class Drafting:
                 slot=each.part.slot,
                 tokens=each.sequence.tokens,
                 computed_from=each.part.start,
-                computed_to=each.sequence.num_computed,
+                # Where nothing was sampled, what follows the last position is not known.
+                computed_to=min(each.sequence.num_computed, len(each.sequence.tokens) - 1),
                 first_row=each.first_row,
                 wants=wants.get(each.sequence.seq_id, 0),
             )
@@ -83,11 +86,13 @@ class Drafting:
         proposed = self._proposer.after_step(streams, views, choose)
         if any(wants.values()):
             self._control.observe_drafting(sum(map(len, proposed)), time.perf_counter() - drafting_s)
-        return [(each.sequence.seq_id, d) for each, d in zip(live, proposed, strict=True) if d]
+        pairs = [(each.sequence, found) for each, found in zip(live, proposed, strict=True)]
+        return [(one.seq_id, found) for one, found in pairs if found and not one.is_finished]
 
     def _wants(self, live: Seq[Drafted]) -> dict[str, int]:
         """How many drafts pay, for each sequence that decodes and has more than one token to go."""
-        ids = [each.sequence.seq_id for each in live if each.sequence.num_remaining == 1]
+        going = [each.sequence for each in live if not each.sequence.is_finished]
+        ids = [sequence.seq_id for sequence in going if sequence.num_remaining == 1]
         return {seq_id: self._control.length_for(seq_id, len(ids)) for seq_id in ids}
 
     def _input(self, each: Drafted, drafts: Seq[int]) -> SampleInput:

@@ -19,6 +19,7 @@ from bittrue.engine.output import Draw, Ending, Output
 from bittrue.engine.plan import ScheduledSequence, SequenceOutput, StepPlan
 from bittrue.engine.sampler import SampleInput, SampleOutput, sample, token_logprob
 from bittrue.engine.scheduler import Scheduler, SchedulerLimits
+from bittrue.engine.sequence import Sequence as LiveSequence
 from bittrue.engine.types import (
     EngineStats,
     MemoryReport,
@@ -275,11 +276,12 @@ class Engine:
             SequenceOutput(seq_id, tuple(d.token_ids), d.ending.reason if d.ending else None)
             for seq_id, d in drawn.items()
         )
-        for sequence in self._scheduler.commit(plan, outputs):
+        finished = {sequence.seq_id: sequence for sequence in self._scheduler.commit(plan, outputs)}
+        for sequence in finished.values():
             assert sequence.finish_reason is not None
             draw = drawn.setdefault(sequence.seq_id, Draw())
             draw.ending = draw.ending or Ending(sequence.finish_reason)
-        self._draft(plan, streams, offsets, drawn, begun_s)
+        self._draft(plan, streams, offsets, drawn, finished, begun_s)
         # After drafting: a snapshot taken now has what the draft module wrote.
         self._move(self._kv.take_moves())
         return [
@@ -382,21 +384,22 @@ class Engine:
         streams: Tensor,
         offsets: Sequence[int],
         drawn: dict[str, Draw],
+        finished: dict[str, LiveSequence],
         begun_s: float,
     ) -> None:
-        """Drafts for the next step of every sequence that goes on."""
+        """Drafts for the next step of every sequence that goes on. The state of one that has ended is a
+        snapshot now, and is completed for who goes on from it."""
         if self._drafting.is_off:
             return
-        live = []
+        drafted = []
         for part, offset in zip(plan.sequences, offsets, strict=False):
-            draw = drawn.get(part.seq_id)
-            if draw is not None and draw.ending is not None:
-                self._drafting.forget(part.seq_id)
-            else:
-                sequence = self._scheduler.sequence(part.seq_id)
-                live.append(Drafted(sequence, self._outputs[part.seq_id], part, offset, draw))
-        for seq_id, drafts in self._drafting.after_step(streams, live, plan.num_tokens, begun_s):
+            sequence = finished.get(part.seq_id) or self._scheduler.sequence(part.seq_id)
+            output, draw = self._outputs[part.seq_id], drawn.get(part.seq_id)
+            drafted.append(Drafted(sequence, output, part, offset, draw))
+        for seq_id, drafts in self._drafting.after_step(streams, drafted, plan.num_tokens, begun_s):
             self._scheduler.set_drafts(seq_id, drafts)
+        for seq_id in finished:
+            self._drafting.forget(seq_id)
 
     def _score_prompt(self, part: ScheduledSequence, streams: Tensor, offset: int) -> None:
         """Records the log-probabilities of the prompt tokens that follow this step's positions."""

@@ -16,11 +16,11 @@ Choose = Callable[[Tensor, Sequence[int], int], list[int]]
 
 @dataclass(frozen=True, slots=True)
 class DraftView:
-    """One live sequence after a step.
+    """One sequence after a step.
 
     The step computed and kept positions ``computed_from .. computed_to - 1``; its rows of streams start at
     ``first_row``. A sequence that decodes has all its tokens but the last one computed; only then may
-    ``wants`` be above 0.
+    ``wants`` be above 0. One that ended with the step wants none: its state may be gone on from.
     """
 
     seq_id: str

@@ -16,7 +16,13 @@ class Bittrue:
 
     def __init__(self, model: str, *, act: str, threads: int, max_context: int, max_batch: int) -> None:
         longest = max_context + MAX_OUTPUT
-        knobs = {"act": act, "threads": threads, "max_step_tokens": CHUNK, "max_context": longest}
+        knobs = {
+            "act": act,
+            "threads": threads,
+            "max_step_tokens": CHUNK,
+            "max_context": longest,
+            "prefix_cache": False,
+        }
         small = Engine(model, max_running=1, kv_memory=1 << 24, **knobs)
         layout = small.parts.layout
         small.close()

@@ -65,7 +65,14 @@ def engine_config(model: Path, frontier: Frontier, **knobs: object) -> RunConfig
     config = ModelConfig.from_file(model / "config.json")
     longest = max(frontier.contexts) + 1 + frontier.margin
     draft = RunConfig.model_validate(
-        {**knobs, "model": str(model), "max_context": longest, "max_running": frontier.batch}
+        # Images are placed, not computed: nothing of them belongs in a cache.
+        {
+            **knobs,
+            "model": str(model),
+            "max_context": longest,
+            "max_running": frontier.batch,
+            "prefix_cache": False,
+        }
     )
     level, act = numerics(draft, config)
     layout = KVLayout.of(config, level=level, act=act)

@@ -198,7 +198,7 @@ def server(
     with story.status("starting the server") as status:
         found = list(bench_start(model, flags, repeats=starts))
         status.update("streaming")
-        engine = Engine(model, threads=threads, max_context=4096, kv_memory=256 << 20)
+        engine = Engine(model, threads=threads, max_context=4096, kv_memory=256 << 20, prefix_cache=False)
         load = Load(
             requests=streams,
             concurrency=streams,

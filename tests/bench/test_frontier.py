@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(model: Path) -> Iterator[Engine]:
-    engine = Engine(model, threads=1, kv_memory=1 << 23, max_context=4096, max_running=4)
+    engine = Engine(model, threads=1, kv_memory=1 << 23, max_context=4096, max_running=4, prefix_cache=False)
     yield engine
     engine.close()
 

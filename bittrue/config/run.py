@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_SUFFIXES = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -58,7 +58,6 @@ class RunConfig(BaseModel):
     snapshot_every: int = Field(
         4096,
         ge=0,
-        multiple_of=128,
         description="Tokens between kept states (and at ends of prompts, turns); 128 = full, 0 = recompute.",
     )
     cache_isolation: bool = Field(False, description="API keys do not share cached prefixes.")
@@ -91,6 +90,21 @@ class RunConfig(BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least level of log lines."
     )
+
+    @field_validator("snapshot_every")
+    @classmethod
+    def _whole_pages(cls, value: int) -> int:
+        if value % 128:
+            near = max(128, round(value / 128) * 128)
+            raise ValueError(f"states are kept at ends of pages, of 128 tokens: {value} is none; use {near}")
+        return value
+
+    @field_validator("cache_isolation")
+    @classmethod
+    def _keys_to_keep_apart(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and not str(info.data.get("api_key", "")).replace(",", "").strip():
+            raise ValueError("it keeps API keys apart, and there are none; give some with --api-key")
+        return value
 
     @property
     def names(self) -> tuple[str, ...]:

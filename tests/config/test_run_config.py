@@ -130,3 +130,21 @@ def test_shown_config_hides_the_key_and_names_the_model() -> None:
     assert "s3cret" not in str(config.public())
     assert config.name == "tiny"
     assert RunConfig(model="x", served_name="y, z").names == ("y", "z")
+
+
+@pytest.mark.parametrize(("given", "near"), [("100", 128), ("1", 128), ("200", 256), ("4000", 3968)])
+def test_a_distance_of_states_that_is_not_whole_pages_is_refused_with_the_nearest(
+    given: str, near: int
+) -> None:
+    with pytest.raises(ConfigError, match=rf"{given} is none; use {near}$") as caught:
+        load_run_config(None, {"model": "a", "snapshot_every": given})
+    assert caught.value.field == "snapshot_every"
+    assert load_run_config(None, {"model": "a", "snapshot_every": str(near)}).snapshot_every == near
+
+
+@pytest.mark.parametrize("keys", ["", " , "])
+def test_isolation_without_keys_is_refused(keys: str) -> None:
+    """Nobody could be told from another: everybody would share what was to be kept apart."""
+    with pytest.raises(ConfigError, match="--api-key"):
+        load_run_config(None, {"model": "a", "cache_isolation": "true", "api_key": keys})
+    assert load_run_config(None, {"model": "a", "cache_isolation": "true", "api_key": "k"}).cache_isolation

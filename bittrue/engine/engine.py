@@ -335,12 +335,13 @@ class Engine:
             results = self._sample(streams, asked)
             for part, _, place in asked:
                 draw, result = drawn[part.seq_id], next(results)
-                if draw.ending is None and draw.token_ids == list(part.drafts[:place]):
+                if place == 0 or (draw.ending is None and draw.token_ids == list(part.drafts[:place])):
                     draw.take(result, self._outputs[part.seq_id])
             going = [
                 (part, row)
                 for part, row in going
-                if drawn[part.seq_id].ending is None
+                if part.drafts
+                and drawn[part.seq_id].ending is None
                 and len(drawn[part.seq_id].token_ids) <= len(part.drafts)
                 and drawn[part.seq_id].token_ids == list(part.drafts[: len(drawn[part.seq_id].token_ids)])
             ]

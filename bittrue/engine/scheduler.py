@@ -240,7 +240,8 @@ class Scheduler:
                 self._finish(sequence, reason)
                 finished.append(sequence)
                 continue
-            self.kv.shrink(sequence.seq_id, max(sequence.num_computed, sequence.kept))
+            if part.drafts:
+                self.kv.shrink(sequence.seq_id, max(sequence.num_computed, sequence.kept))
             if self.kv.is_stop(sequence.num_computed, sequence.num_prompt - 1):
                 self.kv.snapshot(sequence.seq_id, _computed(sequence), sequence.fold)
         self._planned = None

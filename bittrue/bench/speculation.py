@@ -35,7 +35,9 @@ class FixedLength(DraftControl):
         super().__init__(length)
         self._length = length
 
-    def length_for(self, seq_id: str, num_decodes: int, free_rows: int | None = None) -> int:
+    def length_for(
+        self, seq_id: str, num_decodes: int, free_rows: int | None = None, *, num_steps: int = 1
+    ) -> int:
         return self._length
 
 

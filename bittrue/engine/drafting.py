@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from bittrue.engine.output import Draw, Output
-from bittrue.engine.plan import ScheduledSequence
+from bittrue.engine.plan import ScheduledSequence, StepPlan
 from bittrue.engine.sampler import SampleInput, choose_tokens
 from bittrue.engine.sequence import Sequence
 from bittrue.ops.contracts import OpTable
-from bittrue.spec.control import DraftControl
+from bittrue.spec.control import LOOK_EVERY, DraftControl
 from bittrue.spec.proposer import DraftView, Proposer
 
 
@@ -33,10 +33,20 @@ class Drafting:
         self._proposer = proposer
         self._ops = ops
         self._control = DraftControl(max_draft)
+        self._rest = 0  # steps that a lazy proposer need not hear of, because drafts did not pay just now,
+        self._resting: tuple[str, ...] = ()  # for these sequences
 
     @property
     def is_off(self) -> bool:
         return self._proposer is None
+
+    def is_resting(self, plan: StepPlan) -> bool:
+        """Whether nothing has to be done after this step."""
+        if self._rest and self._resting == tuple(part.seq_id for part in plan.sequences):
+            self._rest -= 1
+            return True
+        self._rest = 0
+        return False
 
     def forget(self, seq_id: str) -> None:
         """The sequence has ended, or gave up its memory."""
@@ -60,7 +70,10 @@ class Drafting:
                 accepted = len(each.draw.token_ids) - 1
                 self._control.observe_drafts(each.sequence.seq_id, len(each.part.drafts), accepted)
         wants = self._wants(live)
+        self._resting = ()
         if self._proposer.is_lazy and not any(wants.values()):
+            if len(wants) == len(live):  # all decode: the next steps are like this one
+                self._rest, self._resting = LOOK_EVERY - 1, tuple(wants)
             return []
         views = [
             DraftView(
@@ -93,7 +106,8 @@ class Drafting:
         """How many drafts pay, for each sequence that decodes and has more than one token to go."""
         going = [each.sequence for each in live if not each.sequence.is_finished]
         ids = [sequence.seq_id for sequence in going if sequence.num_remaining == 1]
-        return {seq_id: self._control.length_for(seq_id, len(ids)) for seq_id in ids}
+        steps = LOOK_EVERY if self._resting == tuple(ids) else 1
+        return {seq_id: self._control.length_for(seq_id, len(ids), num_steps=steps) for seq_id in ids}
 
     def _input(self, each: Drafted, drafts: Seq[int]) -> SampleInput:
         """What the target will be asked at that place, as far as it is known before: a grammar's mask only

@@ -392,6 +392,10 @@ class Engine:
         snapshot now, and is completed for who goes on from it."""
         if self._drafting.is_off:
             return
+        if self._drafting.is_resting(plan):
+            for seq_id in finished:
+                self._drafting.forget(seq_id)
+            return
         drafted = []
         for part, offset in zip(plan.sequences, offsets, strict=False):
             sequence = finished.get(part.seq_id) or self._scheduler.sequence(part.seq_id)

@@ -94,19 +94,21 @@ class DraftControl:
 
     # ---- what pays ---------------------------------------------------------------------------------------
 
-    def length_for(self, seq_id: str, num_decodes: int, free_rows: int | None = None) -> int:
+    def length_for(
+        self, seq_id: str, num_decodes: int, free_rows: int | None = None, *, num_steps: int = 1
+    ) -> int:
         """How many drafts this sequence should get, one of ``num_decodes`` that decode in the next step; not
-        more than ``free_rows``."""
+        more than ``free_rows``. ``num_steps``: how many it took since it was last asked for."""
         assert num_decodes >= 1, "a sequence that decodes is one of those that do"
         most = self.max_draft if free_rows is None else max(0, min(self.max_draft, free_rows))
         state = self._state(seq_id)
         if 0 < state.num_idle <= state.pause and state.num_idle % LOOK_EVERY:
-            state.num_idle += 1  # it did not pay a moment ago: no need to work it out in every step
+            state.num_idle += num_steps  # it did not pay a moment ago: no need to work it out in every step
             return 0
         tokens = self._expected_tokens(state, most)
         length = self._best_length(tokens, num_decodes) if self._is_ready(state) else 0
         if length == 0 and most > 0:
-            state.num_idle += 1
+            state.num_idle += num_steps
             state.is_trying = state.num_idle > state.pause
             length = int(state.is_trying)
         elif length > 0:

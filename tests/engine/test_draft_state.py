@@ -20,7 +20,7 @@ def drafts_of_a_second_turn(
 ) -> list[list[tuple[int, ...]]]:
     """The drafts of each step, where every byte of the draft rings was ``fill`` before the first turn."""
     wanted = 0
-    monkeypatch.setattr(DraftControl, "length_for", lambda *_: wanted)
+    monkeypatch.setattr(DraftControl, "length_for", lambda *_, **__: wanted)
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
     knobs = {"threads": 1, "max_context": 256, "kv_memory": "4MiB"}
     engine = Engine(model, speculation="mtp", max_draft=MAX_DRAFT, **knobs)

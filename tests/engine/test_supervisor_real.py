@@ -15,7 +15,7 @@ from bittrue.config.run import RunConfig
 from bittrue.engine.engine import Engine
 from bittrue.engine.launch import EngineProcess
 from bittrue.engine.supervisor import EngineClient
-from bittrue.engine.types import Request, SamplingParams
+from bittrue.engine.types import Request, SamplingParams, TokenEvent
 from bittrue.errors import PoisonRequest
 from bittrue.model.presets import make_checkpoint
 from bittrue.obs.log import Log
@@ -55,35 +55,47 @@ def undisturbed(directory: Path, requests: list[Request]) -> list[list[int]]:
 
 
 @pytest.mark.slow
-def test_20_random_kills_of_the_real_engine_change_no_token(directory: Path) -> None:
-    asyncio.run(_kills(directory))
+def test_20_random_kills_of_the_real_engine_change_no_token(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asyncio.run(_kills(directory, monkeypatch))
 
 
-async def _kills(directory: Path) -> None:
+async def _kills(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = streams(160)
     expected = undisturbed(directory, requests)
     # On a busy machine a start may take longer than the time between two kills.
     config = RunConfig(model=str(directory), max_restarts=40, **KNOBS)
     client = EngineClient(config, Log(io.StringIO()), Metrics())
-    rng = random.Random(11)
-    num_kills = 0
+    # Kills come when so many tokens have arrived: as many on a quick machine as on a slow one.
+    total = sum(map(len, expected))
+    moments = sorted(random.Random(11).sample(range(total * 9 // 10), 20))
+    num_tokens = num_kills = 0
+    deliver = client._deliver
+
+    def counted(event: TokenEvent, now_s: float) -> None:
+        nonlocal num_tokens
+        num_tokens += len(event.token_ids)
+        deliver(event, now_s)
+
+    monkeypatch.setattr(EngineClient, "_deliver", lambda _, event, now_s: counted(event, now_s))
     with EngineProcess.start(config) as process:
         await client.start(process)
 
         async def kill() -> None:
             nonlocal num_kills
-            while num_kills < 20:
-                await asyncio.sleep(rng.uniform(0, 1.2))
-                if client.pid is not None:
-                    os.kill(client.pid, signal.SIGKILL)
-                    num_kills += 1
-                    while client.is_up:
-                        await asyncio.sleep(0.002)
+            for moment in moments:
+                while num_tokens < moment or client.pid is None:
+                    await asyncio.sleep(0.001)
+                os.kill(client.pid, signal.SIGKILL)
+                num_kills += 1
+                while client.is_up:
+                    await asyncio.sleep(0.002)
 
         killer = asyncio.create_task(kill())
         try:
             results = await asyncio.wait_for(each_alone(client, requests), 280)
-            assert num_kills == 20, "the streams were too short for 20 kills"
+            assert num_kills == 20, "the streams ended before the last kill"
             await killer
         finally:
             killer.cancel()

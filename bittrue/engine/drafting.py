@@ -45,7 +45,8 @@ class Drafting:
         if self._rest and self._resting == tuple(part.seq_id for part in plan.sequences):
             self._rest -= 1
             return True
-        self._rest = 0
+        if self._rest:
+            self._rest, self._resting = 0, ()  # cut short: not all the steps have passed
         return False
 
     def forget(self, seq_id: str) -> None:

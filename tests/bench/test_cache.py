@@ -65,8 +65,7 @@ def test_a_hit_of_another_tier_is_no_measurement(model: Model, tmp_path: Path) -
 def test_what_of_the_files_is_in_main_memory_is_measured(tmp_path: Path) -> None:
     (tmp_path / "a.kv").write_bytes(bytes(1 << 20))
     assert page_cache_share(tmp_path, drop=False) == 1.0
-    # How much a file system lets go of is its own affair (one in memory: nothing): it is told, not promised.
-    assert 0.0 <= page_cache_share(tmp_path, drop=True) <= 1.0
+    # How much of it a file system lets go of when asked is its own affair: nothing of that can be expected.
 
 
 # ---- bytes ----

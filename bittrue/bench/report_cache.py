@@ -52,6 +52,9 @@ def _first_tokens(r: Result) -> Iterator[str]:
         known = "" if cached is None else f"{cached:,} of {m.labels['tokens']:,}"
         yield row(str(m.labels["from"]), with_spread(m), with_spread(share), known)
     yield "\n"
+    held = r.find("disk cache in the page cache", **{"from": "disk, not in memory"})
+    if held is not None:
+        yield f"After that request the system still held {held.median:.0%} of the files' blocks in memory.\n\n"
 
 
 def _bytes(r: Result) -> Iterator[str]:

@@ -54,8 +54,8 @@ def _first_tokens(r: Result) -> Iterator[str]:
     yield "\n"
     held = r.find("disk cache in the page cache", **{"from": "disk, not in memory"})
     if held is not None:
-        share = f"{held.median:.0%}"
-        yield f"After that request the system still held {share} of the files' blocks in memory.\n\n"
+        kept = f"{held.median:.0%}"
+        yield f"After that request the system still held {kept} of the files' blocks in memory.\n\n"
 
 
 def _bytes(r: Result) -> Iterator[str]:

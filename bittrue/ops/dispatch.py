@@ -6,8 +6,11 @@ import torch
 
 from bittrue.errors import ConfigError
 from bittrue.ops.contracts import OpTable
+from bittrue.ops.cpu.grad_impls import cpu_gradients
 from bittrue.ops.cpu.impls import cpu_table
 from bittrue.ops.cpu.library import LIBRARY_PATH, available_isas, load_kernels
+from bittrue.ops.gradients import GradTable
+from bittrue.ops.ref.grad_table import reference_gradients
 from bittrue.ops.ref.table import reference_table
 
 BACKENDS = ("reference", "cpu")
@@ -32,6 +35,14 @@ def select(backend: str, *, isa: str | None = None, threads: int | None = None) 
             kernels.set_threads(threads)
         return cpu_table(kernels)
     raise ConfigError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}", field="backend")
+
+
+def select_gradients(table: OpTable) -> GradTable:
+    """The backward ops of the backend that ``table`` (of ``select``) belongs to. BackendUnavailable when it
+    has none."""
+    if table.name.startswith("cpu:"):
+        return cpu_gradients(load_kernels(table.name.removeprefix("cpu:")))
+    return reference_gradients()
 
 
 def describe(table: OpTable) -> str:

@@ -238,12 +238,12 @@ def random_tensors(
         if spec.dtype == "F8_E8M0":
             continue  # comes with its matrix
         if spec.dtype == "I64":
-            yield spec.name, _random_table(spec, seed, config.num_experts)
+            yield spec.name, random_table(spec, seed, config.num_experts)
             continue
         if spec.dtype in ("F8_E4M3", "I8"):
             quantize, width = (quantize_fp8, 1) if spec.dtype == "F8_E4M3" else (quantize_fp4, 2)
             rows, cols = spec.shape[0], spec.shape[1] * width
-            weight = quantize(_noise(seed, spec.name, rows, cols, std=cols**-0.5))
+            weight = quantize(noise(seed, spec.name, rows, cols, std=cols**-0.5))
             assert weight.scale is not None
             yield spec.name, weight.data
             yield spec.name.removesuffix("weight") + "scale", weight.scale
@@ -257,25 +257,25 @@ def _random_plain(spec: TensorSpec, seed: int) -> Tensor:
     if name.endswith("_scale"):
         return torch.ones(shape)
     if name.endswith("norm.weight"):
-        return 1 + _noise(seed, name, *shape, std=0.1)
+        return 1 + noise(seed, name, *shape, std=0.1)
     if name == "embed.weight" or name.endswith("markov_w1.weight"):
-        return _noise(seed, name, *shape, std=1.0)
+        return noise(seed, name, *shape, std=1.0)
     if name.endswith("gate.bias"):
-        return _noise(seed, name, *shape, std=0.05)
+        return noise(seed, name, *shape, std=0.05)
     if name.endswith((".weight", "_fn")):
-        return _noise(seed, name, *shape, std=shape[-1] ** -0.5)
-    return _noise(seed, name, *shape, std=0.1)
+        return noise(seed, name, *shape, std=shape[-1] ** -0.5)
+    return noise(seed, name, *shape, std=0.1)
 
 
-def _random_table(spec: TensorSpec, seed: int, num_experts: int) -> Tensor:
+def random_table(spec: TensorSpec, seed: int, num_experts: int) -> Tensor:
     """tid2eid: for every token id, distinct experts in random order."""
     rows, chosen = spec.shape
     keys = _words(seed, spec.name, rows * num_experts).reshape(rows, num_experts)
     return torch.from_numpy(np.argsort(keys, axis=1, kind="stable")[:, :chosen].astype(np.int64))
 
 
-def _noise(seed: int, name: str, *shape: int, std: float) -> Tensor:
-    """Bell-shaped noise, f32: sums of four uniform 16-bit integers.
+def noise(seed: int, name: str, *shape: int, std: float) -> Tensor:
+    """Bell-shaped noise of that shape, f32, a function of seed and name: sums of four uniform 16-bit integers.
 
     Integers, because log, cos and exp, on which normal samplers rest, round differently between machines.
     """

@@ -1,0 +1,265 @@
+"""Trainer: losses and gradients of packed documents, computed by the engine's own model and ops."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bittrue.config.formats import ActDtype, Level
+from bittrue.kv.layout import KVLayout
+from bittrue.kv.pool import allocate
+from bittrue.model.deepseek_v4 import TORCH_DTYPE, Angles, Block, DeepseekV4
+from bittrue.model.export import save_checkpoint
+from bittrue.model.mtp import Mtp, MtpInput, once_each
+from bittrue.ops.contracts import Batch, LayerCache, OpTable
+from bittrue.ops.dispatch import select_gradients
+from bittrue.train.autograd import Step, TokenLogprob
+from bittrue.train.differentiable import DifferentiableOps
+from bittrue.train.document import Document
+from bittrue.train.loss import LossWeights, Targets, count, targets
+from bittrue.train.masters import Masters
+from bittrue.train.pack import num_pages, pack, shifted, split
+
+# Expert ids [tokens of all documents, k] i16 by the name of the router's bias.
+Routes = dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class StepStats:
+    """What one step measured. Losses are means: ``main`` and ``mtp`` in nats a target, ``index`` in nats a
+    token and layer, ``balance`` a token and layer (1 is perfect balance). ``loads`` [E] i64: how often each
+    expert was chosen, by the name of its router's bias. ``task_loss``: sum in nats and number of targets."""
+
+    main: float = 0.0
+    mtp: float = 0.0
+    index: float = 0.0
+    balance: float = 0.0
+    num_tokens: int = 0
+    num_targets: int = 0
+    loads: dict[str, Tensor] = field(default_factory=dict)
+    task_loss: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+
+class _Recomputed(DeepseekV4):
+    """The model whose blocks keep their input alone, and compute the rest again in the backward pass."""
+
+    def block(self, streams: Tensor, batch: Batch, block: Block, cache: LayerCache, angles: Angles) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().block(streams, batch, block, cache, angles)
+        result: Tensor = checkpoint(  # type: ignore[no-untyped-call]
+            super().block, streams, batch, block, cache, angles, use_reentrant=False
+        )
+        return result
+
+
+class Trainer:
+    """Gradients of the masters for lists of documents, and their log-probabilities.
+
+    ``micro_tokens`` bounds what is in memory at once; results depend on it only as sums of gradients are
+    rounded in another order. ``recompute`` keeps one tensor a block instead of all activations.
+    """
+
+    def __init__(
+        self,
+        masters: Masters,
+        ops: OpTable,
+        *,
+        level: Level,
+        act: ActDtype,
+        micro_tokens: int = 4096,
+        recompute: bool = False,
+    ) -> None:
+        self.masters = masters
+        self.ops = ops
+        self.is_dense = False
+        self._grads = select_gradients(ops)
+        self._act = TORCH_DTYPE[act]
+        self._micro_tokens = micro_tokens
+        kind = _Recomputed if recompute else DeepseekV4
+        config = masters.config
+        self._model = kind(config, masters.parameters, ops, level=level, act=act)
+        self._mtp = None if masters.mtp is None else Mtp(self._model, masters.mtp)
+        self._layout = KVLayout.of(
+            config, level=level, act=act, num_draft_layers=int(masters.mtp is not None)
+        )
+        self._caches: list[LayerCache] = []
+        self._room = (0, 0)
+        self._bias_names = {id(bias): name for name, bias in masters.biases.items()}
+
+    # ---- gradients ---------------------------------------------------------------------------------------
+
+    def backward(
+        self, documents: Sequence[Document], weights: LossWeights, *, routes: Routes | None = None
+    ) -> StepStats:
+        """Adds the gradients of the step's loss to the masters' ``grad``. ``routes``: what ``routes`` gave
+        for the same documents."""
+        stats = StepStats(num_tokens=sum(map(len, documents)), num_targets=count(documents, ahead=1))
+        num_mtp = count(documents, ahead=2)
+        begin = 0
+        for run in split([len(d) for d in documents], self._micro_tokens):
+            part = documents[run.start : run.stop]
+            size = sum(map(len, part))
+            chosen = None if routes is None else self._keyed(routes, begin, begin + size)
+            begin += size
+            step = Step(self.ops, self._grads, self._act)
+            step.index_scale = weights.index / max(stats.num_tokens, 1)
+            step.balance_scale = weights.balance / max(stats.num_tokens, 1)
+            loss = self._losses(part, step, weights, (stats.num_targets, num_mtp), stats, chosen)
+            if loss is not None:
+                loss.backward()  # type: ignore[no-untyped-call]
+            self._collect(step, stats)
+        self._mean(stats, num_mtp)
+        return stats
+
+    def _losses(
+        self,
+        documents: Sequence[Document],
+        step: Step,
+        weights: LossWeights,
+        totals: tuple[int, int],
+        stats: StepStats,
+        chosen: Mapping[int, Tensor] | None,
+    ) -> Tensor | None:
+        """The scalar whose gradient is this micro-batch's share; None where nothing is a target."""
+        main, ahead = targets(documents, ahead=1), targets(documents, ahead=2)
+        if len(main.rows) == 0:
+            return None
+        ops = DifferentiableOps(self.masters, step, is_dense=self.is_dense, routes=chosen)
+        model = self._model.on(ops.table())
+        batch = pack([d.token_ids for d in documents])
+        streams = self._forward(model, ops, batch)
+        logprobs = _token_logprobs(model.logits(streams.index_select(0, main.rows)), main, step)
+        _add_task_losses(stats, documents, main, logprobs)
+        stats.main -= float(logprobs.detach().sum())
+        loss = logprobs.sum() * (-1.0 / totals[0])
+        if self._mtp is None or not weights.mtp or len(ahead.rows) == 0:
+            return loss
+        mtp = self._mtp.on(ops.table())
+        given = MtpInput(shifted(batch), streams, once_each(batch.num_tokens, streams.shape[1]))
+        guessed = mtp.forward(given, self._caches[-1])
+        logprobs = _token_logprobs(mtp.logits(guessed.index_select(0, ahead.rows)), ahead, step)
+        stats.mtp -= float(logprobs.detach().sum())
+        return loss + logprobs.sum() * (-weights.mtp / totals[1])
+
+    def _forward(self, model: DeepseekV4, ops: DifferentiableOps, batch: Batch) -> Tensor:
+        self._make_room(batch.num_sequences, int((batch.page_table >= 0).sum()))
+        ops.begin(batch)
+        return model.forward(batch, self._caches[: self.masters.config.num_layers])
+
+    def _make_room(self, slots: int, pages: int) -> None:
+        if slots > self._room[0] or pages > self._room[1]:
+            self._room = (max(slots, self._room[0]), max(pages, self._room[1]))
+            self._caches = allocate(self._layout, slots=self._room[0], pages=self._room[1])
+
+    def _collect(self, step: Step, stats: StepStats) -> None:
+        stats.index += step.index_loss
+        stats.balance += step.balance_loss
+        for key, load in step.loads.items():
+            name = self._bias_names[key]
+            stats.loads[name] = stats.loads.get(name, 0) + load
+
+    def _mean(self, stats: StepStats, num_mtp: int) -> None:
+        config = self.masters.config
+        num_csa = sum(config.layer_kind(i) == "csa" for i in range(config.num_layers))
+        stats.main /= max(stats.num_targets, 1)
+        stats.mtp /= max(num_mtp, 1)
+        stats.index /= max(stats.num_tokens * num_csa, 1)
+        stats.balance /= max(stats.num_tokens * len(self.masters.biases), 1)
+
+    # ---- routing -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def routes(self, documents: Sequence[Document]) -> Routes:
+        """The experts today's parameters choose for these documents, in every learned router: what
+        ``backward`` takes as ``routes`` at a later step (anticipatory routing, spec 5.5)."""
+        parts: dict[str, list[Tensor]] = {name: [] for name in self.masters.biases}
+        for run in split([len(d) for d in documents], self._micro_tokens):
+            part = documents[run.start : run.stop]
+            step = Step(self.ops, self._grads, self._act)
+            ops = DifferentiableOps(self.masters, step, is_dense=self.is_dense)
+            model = self._model.on(ops.table())
+            batch = pack([d.token_ids for d in part])
+            streams = self._forward(model, ops, batch)
+            if self._mtp is not None:
+                given = MtpInput(shifted(batch), streams, once_each(batch.num_tokens, streams.shape[1]))
+                self._mtp.on(ops.table()).forward(given, self._caches[-1])
+            for key, ids in ops.chosen.items():
+                parts[self._bias_names[key]].append(ids.to(torch.int16))
+        return {name: torch.cat(ids) for name, ids in parts.items() if ids}
+
+    def _keyed(self, routes: Routes, begin: int, end: int) -> dict[int, Tensor]:
+        return {key: routes[name][begin:end] for key, name in self._bias_names.items()}
+
+    @torch.no_grad()
+    def update_biases(self, loads: Mapping[str, Tensor], speed: float) -> None:
+        """Makes experts chosen less than the mean more likely to be chosen, others less (spec 5.5)."""
+        for name, load in loads.items():
+            mean = load.double().mean()
+            self.masters.biases[name].add_(torch.sign(mean - load.double()).float(), alpha=speed)
+
+    # ---- log-probabilities -------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def logprobs(self, documents: Sequence[Document], *, chunk: int | None = None) -> list[Tensor]:
+        """Log-probability of every token after the first of each document, given those before it, in nats:
+        [n - 1] f32 each, the values ``Engine.score`` gives. ``chunk``: tokens of a document taken at a time.
+        """
+        results: list[Tensor] = []
+        for run in split([len(d) for d in documents], self._micro_tokens):
+            results += self._chunked(documents[run.start : run.stop], chunk)
+        return results
+
+    def _chunked(self, documents: Sequence[Document], chunk: int | None) -> list[Tensor]:
+        lengths = [len(d) for d in documents]
+        size = chunk or max(lengths)
+        found: list[list[Tensor]] = [[] for _ in documents]
+        self._make_room(len(documents), num_pages(lengths))
+        for start in range(0, max(lengths), size):
+            step = Step(self.ops, self._grads, self._act)
+            ops = DifferentiableOps(self.masters, step)
+            model = self._model.on(ops.table())
+            begins = [min(start, length) for length in lengths]
+            pieces = [d.token_ids[b : b + size] for d, b in zip(documents, begins, strict=True)]
+            batch = pack(pieces, starts=begins, totals=lengths)
+            streams = self._forward(model, ops, batch)
+            row = 0
+            for i, (document, begin) in enumerate(zip(documents, begins, strict=True)):
+                following = document.token_ids[begin + 1 : begin + 1 + size]
+                rows = torch.arange(row, row + len(following))
+                row += len(pieces[i])
+                if len(following):
+                    logits = model.logits(streams.index_select(0, rows))
+                    ids = torch.from_numpy(following.astype("int64"))
+                    found[i].append(TokenLogprob.apply(logits, step, ids))  # type: ignore[no-untyped-call]
+        return [torch.cat(parts) if parts else torch.zeros(0) for parts in found]
+
+    # ---- the checkpoint ----------------------------------------------------------------------------------
+
+    def publish(self) -> None:
+        """Rewrites what the ops read from the masters, after these changed."""
+        self.masters.publish()
+
+    def export(
+        self, directory: str | Path, raw_config: Mapping[str, Any], files: Mapping[str, bytes]
+    ) -> Path:
+        """Writes the published checkpoint: the very tensors this trainer's forward reads."""
+        return save_checkpoint(directory, raw_config, self.masters.tensors(), files=files)
+
+
+def _token_logprobs(logits: Tensor, found: Targets, step: Step) -> Tensor:
+    result: Tensor = TokenLogprob.apply(logits, step, found.token_ids)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _add_task_losses(
+    stats: StepStats, documents: Sequence[Document], found: Targets, logprobs: Tensor
+) -> None:
+    sums = torch.zeros(len(documents)).index_add_(0, found.documents, logprobs.detach())
+    counts = torch.bincount(found.documents, minlength=len(documents))
+    for document, total, number in zip(documents, sums.tolist(), counts.tolist(), strict=True):
+        before = stats.task_loss.get(document.task, (0.0, 0))
+        stats.task_loss[document.task] = (before[0] - total, before[1] + number)

@@ -75,7 +75,7 @@ def _pool_document(u: Tensor, gate: Tensor, ratio: int) -> Tensor:
 
 
 def _with_the_four_before(rows: Tensor, absent: float) -> Tensor:
-    """[n, 4, 2c] -> [n, 8, c]: half A of the four tokens before (``absent`` before the first), then half B."""
+    """[n, 4, 2c] -> [n, 8, c]: half A of the four before (``absent`` before the first), then half B."""
     half_a, half_b = rows.chunk(2, 2)
     return torch.cat((torch.cat((torch.full_like(half_a[:1], absent), half_a[:-1])), half_b), 1)
 

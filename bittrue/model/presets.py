@@ -180,15 +180,22 @@ def make_checkpoint(
     """
     raw = preset_config(preset, precision, draft=draft, **overrides)
     config = ModelConfig.from_dict(raw)
-    ids = {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id}
+    tensors = random_tensors(config, seed, draft=draft)
+    return save_checkpoint(
+        directory, raw, tensors, max_shard_bytes=max_shard_bytes, files=checkpoint_files(config.vocab_size)
+    )
+
+
+def checkpoint_files(vocab_size: int) -> dict[str, bytes]:
+    """What stands beside the weights, by file name: the small tokenizer of that size and the defaults of
+    generation."""
+    ids = {key: _COMMON[key] for key in ("bos_token_id", "eos_token_id")}
     generation = {**ids, "temperature": 1.0, "top_p": 1.0}
-    files = {
-        "tokenizer.json": small_tokenizer_json(config.vocab_size).encode(),
+    return {
+        "tokenizer.json": small_tokenizer_json(vocab_size).encode(),
         "tokenizer_config.json": tokenizer_config_json().encode(),
         "generation_config.json": (json.dumps(generation, indent=2) + "\n").encode(),
     }
-    tensors = random_tensors(config, seed, draft=draft)
-    return save_checkpoint(directory, raw, tensors, max_shard_bytes=max_shard_bytes, files=files)
 
 
 def preset_config(
@@ -275,7 +282,7 @@ def random_table(spec: TensorSpec, seed: int, num_experts: int) -> Tensor:
 
 
 def noise(seed: int, name: str, *shape: int, std: float) -> Tensor:
-    """Bell-shaped noise of that shape, f32, a function of seed and name: sums of four uniform 16-bit integers.
+    """Bell-shaped f32 noise, a function of seed and name: sums of four uniform 16-bit integers.
 
     Integers, because log, cos and exp, on which normal samplers rest, round differently between machines.
     """

@@ -1,0 +1,219 @@
+"""The trainer's forward is the engine's (law L9); its gradients do not depend on how documents are packed."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.training import VOCAB, export, random_documents, tiny_trainer
+
+from bittrue.engine.engine import Engine
+from bittrue.engine.types import SamplingParams
+from bittrue.model.presets import Precision
+from bittrue.train.document import Document
+from bittrue.train.loss import LossWeights
+from bittrue.train.trainer import Trainer
+
+LENGTHS = (1, 2, 5, 127, 128, 129, 260, 33)
+BOTH_LEVELS: tuple[Precision, ...] = ("f32", "fp4")
+
+
+def engine_of(trainer: Trainer, directory: Path) -> Engine:
+    model = export(trainer, directory)
+    return Engine(model, prefix_cache=False, kv_memory="32MiB", threads=2, log_level="error")
+
+
+def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: leaf.grad.clone() for name, leaf in trainer.masters.named.items() if leaf.grad is not None}
+
+
+def step_gradients(
+    trainer: Trainer, documents: list[Document], weights: LossWeights
+) -> dict[str, torch.Tensor]:
+    for leaf in trainer.masters.named.values():
+        leaf.grad = None
+    trainer.backward(documents, weights)
+    return gradients(trainer)
+
+
+def take_a_step(trainer: Trainer) -> None:
+    """One plain gradient step: the parameters are not the initial ones any more."""
+    trainer.backward(random_documents((60, 200), seed=5), LossWeights())
+    with torch.no_grad():
+        for leaf in trainer.masters.named.values():
+            if leaf.grad is not None:
+                leaf.sub_(0.05 * leaf.grad / leaf.grad.norm().clamp(min=1e-6) * leaf.norm())
+    trainer.publish()
+
+
+def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], relative: float) -> None:
+    assert a.keys() == b.keys()
+    for name, grad in a.items():
+        error = float((grad - b[name]).norm() / grad.norm().clamp(min=1e-12))
+        assert error < relative, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("precision", BOTH_LEVELS)
+def test_logprobs_are_those_of_the_engine_packed_alone_and_chunked(
+    precision: Precision, tmp_path: Path
+) -> None:
+    trainer = tiny_trainer(precision, draft="mtp")
+    take_a_step(trainer)
+    documents = random_documents(LENGTHS)
+    engine = engine_of(trainer, tmp_path / "model")
+    scores = [torch.tensor(engine.score(d.token_ids.tolist())) for d in documents]
+    engine.close()
+    packed = trainer.logprobs(documents)
+    alone = [trainer.logprobs([d])[0] for d in documents]
+    chunked = trainer.logprobs(documents, chunk=37)
+    padded = trainer.logprobs([_padded(d, 300) for d in documents])
+    for i, score in enumerate(scores):
+        assert torch.equal(packed[i], score)
+        assert torch.equal(alone[i], score)
+        assert torch.equal(chunked[i], score)
+        assert torch.equal(padded[i][: len(score)], score)
+
+
+def _padded(document: Document, length: int) -> Document:
+    pad = length - len(document)
+    return Document(np.pad(document.token_ids, (0, pad)), np.pad(document.is_target, (0, pad)))
+
+
+@pytest.mark.parametrize("precision", BOTH_LEVELS)
+def test_logprobs_are_those_a_rollout_was_sampled_with(precision: Precision, tmp_path: Path) -> None:
+    trainer = tiny_trainer(precision)
+    take_a_step(trainer)
+    engine = engine_of(trainer, tmp_path / "model")
+    prompt = tuple(range(3, 60))
+    params = SamplingParams(max_tokens=100, temperature=1.0, seed=7, logprobs=0, ignore_eos=True)
+    sampled: list[int] = []
+    logprobs: list[float] = []
+    for event in engine.stream(prompt, params):
+        sampled += event.token_ids
+        logprobs += [entry.logprob for entry in event.logprobs or ()]
+    engine.close()
+    whole = np.array([*prompt, *sampled], dtype=np.int32)
+    found = trainer.logprobs([Document(whole, np.ones(len(whole), dtype=bool))])[0]
+    assert len(sampled) == 100
+    assert torch.equal(found[len(prompt) - 1 :], torch.tensor(logprobs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", BOTH_LEVELS)
+def test_logprobs_of_20000_tokens_do_not_differ_in_a_bit(precision: Precision, tmp_path: Path) -> None:
+    trainer = tiny_trainer(precision, draft="mtp", sliding_window=8)
+    take_a_step(trainer)
+    documents = random_documents((6000, 3000, 1000, *(100,) * 40, *(997,) * 6), seed=3)
+    assert sum(map(len, documents)) >= 19_900
+    engine = engine_of(trainer, tmp_path / "model")
+    found = trainer.logprobs(documents)
+    for document, ours in zip(documents, found, strict=True):
+        assert torch.equal(torch.tensor(engine.score(document.token_ids.tolist())), ours)
+    engine.close()
+
+
+def test_gradients_of_packed_documents_are_the_sum_of_those_alone() -> None:
+    trainer, weights = tiny_trainer("f32", draft="mtp"), LossWeights(mtp=0.3, index=0.0, balance=0.0)
+    documents = random_documents((40, 140, 3, 290))
+    packed = step_gradients(trainer, documents, weights)
+    alone: dict[str, torch.Tensor] = {}
+    counts = [int(d.is_target.sum()) for d in documents]
+    ahead = [int(d.is_target[2:].sum()) for d in documents]
+    for i, document in enumerate(documents):
+        share = counts[i] / sum(counts)
+        own = LossWeights(mtp=0.3 * (ahead[i] / sum(ahead)) / share, index=0.0, balance=0.0)
+        for name, grad in step_gradients(trainer, [document], own).items():
+            alone[name] = alone.get(name, torch.zeros(())) + share * grad
+    assert_close(packed, alone, 2e-5)
+
+
+def test_gradients_do_not_depend_on_micro_batches_or_recomputation() -> None:
+    documents = random_documents((40, 140, 3, 290, 17))
+    plain = step_gradients(tiny_trainer("fp4", draft="mtp"), documents, LossWeights())
+    for other in (
+        tiny_trainer("fp4", draft="mtp", micro_tokens=150),
+        tiny_trainer("fp4", draft="mtp", recompute=True),
+    ):
+        assert_close(plain, step_gradients(other, documents, LossWeights()), 2e-5)
+
+
+def test_gradients_are_the_same_bits_when_computed_again() -> None:
+    trainer, documents = tiny_trainer("fp4", draft="mtp"), random_documents((40, 140, 290))
+    first = step_gradients(trainer, documents, LossWeights())
+    again = step_gradients(trainer, documents, LossWeights())
+    assert all(torch.equal(grad, again[name]) for name, grad in first.items())
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    trainer = tiny_trainer("fp4", draft="mtp")
+    grads = step_gradients(trainer, random_documents((40, 300)), LossWeights())
+    zero = [name for name, grad in grads.items() if not grad.abs().max() > 0]
+    missing = [name for name in trainer.masters.named if name not in grads]
+    assert (zero, missing) == ([], [])
+
+
+def test_the_index_loss_reaches_the_index_alone() -> None:
+    trainer, documents = tiny_trainer("f32"), random_documents((200, 90))
+    without = step_gradients(trainer, documents, LossWeights(index=0.0, balance=0.0))
+    with_index = step_gradients(trainer, documents, LossWeights(index=5.0, balance=0.0))
+    changed = {name for name, grad in without.items() if not torch.equal(grad, with_index[name])}
+    assert changed and all(".indexer." in name for name in changed)
+
+
+def test_the_backward_pass_on_the_reference_is_that_on_the_cpu() -> None:
+    documents = random_documents((12, 20))
+    ours = step_gradients(tiny_trainer("f32", draft="mtp"), documents, LossWeights())
+    reference = step_gradients(
+        tiny_trainer("f32", draft="mtp", backend="reference"), documents, LossWeights()
+    )
+    assert_close(reference, ours, 1e-4)
+
+
+def test_a_dense_index_reads_every_visible_entry() -> None:
+    trainer, documents = tiny_trainer("f32"), random_documents((200,))
+    sparse = trainer.backward(documents, LossWeights()).main
+    trainer.is_dense = True
+    dense = trainer.backward(documents, LossWeights()).main
+    wide = tiny_trainer("f32", index_topk=64)
+    assert dense != sparse
+    assert dense == wide.backward(documents, LossWeights()).main
+
+
+def test_routes_of_today_replayed_change_nothing_and_those_of_other_parameters_do() -> None:
+    trainer, documents = tiny_trainer("f32", draft="mtp"), random_documents((40, 90, 7))
+    routes = trainer.routes(documents)
+    free = step_gradients(trainer, documents, LossWeights())
+    for leaf in trainer.masters.named.values():
+        leaf.grad = None
+    replayed = trainer.backward(documents, LossWeights(), routes=routes)
+    assert all(torch.equal(grad, free[name]) for name, grad in gradients(trainer).items())
+    foreign = tiny_trainer("f32", draft="mtp", seed=1).routes(documents)
+    assert trainer.backward(documents, LossWeights(), routes=foreign).main != replayed.main
+
+
+def test_biases_move_towards_balance() -> None:
+    trainer = tiny_trainer("f32")
+    name = next(iter(trainer.masters.biases))
+    loads = torch.tensor([9, 1, 5, 5, 5, 5, 5, 5])
+    trainer.update_biases({name: loads}, 0.01)
+    assert trainer.masters.biases[name].tolist() == pytest.approx([-0.01, 0.01, *(0.0,) * 6])
+
+
+def test_loads_count_every_choice_once_also_when_recomputed() -> None:
+    documents = random_documents((40, 90))
+    plain = tiny_trainer("f32", draft="mtp")
+    again = tiny_trainer("f32", draft="mtp", recompute=True)
+    loads = plain.backward(documents, LossWeights()).loads
+    assert set(loads) == set(plain.masters.biases)
+    assert all(int(load.sum()) == 130 * 2 for load in loads.values())
+    recomputed = again.backward(documents, LossWeights()).loads
+    assert all(torch.equal(load, recomputed[name]) for name, load in loads.items())
+
+
+def test_a_step_lowers_the_loss_of_its_documents() -> None:
+    trainer, documents = tiny_trainer("fp4", draft="mtp"), random_documents((60, 200), seed=5)
+    before = trainer.backward(documents, LossWeights())
+    take_a_step(trainer)
+    after = trainer.backward(documents, LossWeights())
+    assert after.main < before.main and after.mtp < before.mtp
+    assert VOCAB == trainer.masters.config.vocab_size

@@ -1,0 +1,80 @@
+"""Key-value recall: a file of records, then questions that each name a key."""
+
+import hashlib
+import math
+import random
+from dataclasses import dataclass
+
+from bittrue.train.tasks.task import Problem, TextQuestion
+
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+_PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
+_VALUES = [f"{value:02}" for value in range(100)]
+_NUM_KEYS = len(_PAIRS) ** 2
+RECORD = 8  # bytes: `k7q2=58` and a line break
+# With the two tokens before the user's text, records begin at a multiple of four and of eight: one never
+# straddles more groups of pooled rows than it must.
+HEAD = "file:\n"
+_FIXED = 7  # begin token, first user token and HEAD, less the user token that every turn counts
+_TURN = 10  # user token, key, two tokens that open the answer, value, end token
+LEAST_TOKENS, MOST_TOKENS = 32, _FIXED + RECORD * _NUM_KEYS
+LEAST_TURNS, MOST_TURNS = 8, 32
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """``file:``, records such as ``k7q2=58``, and ``k7q2`` -> ``58``; then further keys, a turn each.
+
+    Lengths of the conversation, with byte tokens, are log-uniform between ``min_tokens`` and ``max_tokens``,
+    with 8 to 32 questions where there is room. Keys of a file differ; every question asks for any of them.
+    """
+
+    min_tokens: int = 256
+    max_tokens: int = 4096
+    name: str = "recall"
+    problems_per_document: tuple[int, int] = (1, 1)
+    is_plain: bool = False
+
+    @property
+    def longest(self) -> int:
+        return self.max_tokens
+
+    def problem(self, rng: random.Random) -> Problem:
+        span = math.log(self.max_tokens / self.min_tokens)
+        num_tokens = min(int(self.min_tokens * math.exp(span * rng.random())), self.max_tokens)
+        most = max(1, min(MOST_TURNS, num_tokens // (2 * _TURN)))
+        return recall_problem(rng, num_tokens, rng.randint(min(LEAST_TURNS, most), most))
+
+
+def recall_problem(rng: random.Random, num_tokens: int, num_questions: int) -> Problem:
+    """One file and ``num_questions`` about it, in one conversation of ``num_tokens`` byte tokens, or up to 7
+    fewer; at least one record."""
+    file, records = _file(rng, (num_tokens - _FIXED - _TURN * num_questions) // RECORD)
+    asked = [records[rng.randrange(len(records))] for _ in range(num_questions)]
+    questions = [TextQuestion(record[:4], record[5:7]) for record in asked]
+    questions[0] = TextQuestion(file + questions[0].prompt, questions[0].answer)
+    canonical = hashlib.blake2b(file.encode(), digest_size=16)
+    canonical.update("".join(asked).encode())
+    return Problem("recall", canonical.hexdigest(), tuple(questions))
+
+
+def shared_file(rng: random.Random, num_tokens: int, num_questions: int) -> list[Problem]:
+    """Problems with the same file, one question each: prompts with answers of ``num_tokens`` byte tokens, or
+    up to 7 fewer, whose long beginnings are equal. Keys differ as far as there are enough."""
+    file, records = _file(rng, (num_tokens - _FIXED - _TURN) // RECORD)
+    picked = rng.sample(records, min(num_questions, len(records)))
+    problems = []
+    for record in picked:
+        canonical = hashlib.blake2b((file + record).encode(), digest_size=16).hexdigest()
+        question = TextQuestion(file + record[:4], record[5:7])
+        problems.append(Problem("recall", canonical, (question,)))
+    return problems
+
+
+def _file(rng: random.Random, num_records: int) -> tuple[str, list[str]]:
+    """The text of a file and its records, each with its line break."""
+    keys = rng.sample(range(_NUM_KEYS), max(1, num_records))
+    pairs, values = _PAIRS, rng.choices(_VALUES, k=len(keys))
+    size = len(pairs)
+    records = [f"{pairs[key // size]}{pairs[key % size]}={v}\n" for key, v in zip(keys, values, strict=True)]
+    return HEAD + "".join(records), records

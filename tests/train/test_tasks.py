@@ -16,10 +16,11 @@ from bittrue.text.tokenizer import Tokenizer
 from bittrue.train.tasks.arithmetic import Arithmetic, addition_columns, subtraction_columns
 from bittrue.train.tasks.brackets import BracketsQuestion
 from bittrue.train.tasks.calc import CalcQuestion, computed
-from bittrue.train.tasks.catalogue import TASK_NAMES, all_tasks, check_names
+from bittrue.train.tasks.catalogue import TASK_NAMES, all_tasks, check_names, make_tasks
 from bittrue.train.tasks.countdown import CountdownQuestion, solutions
 from bittrue.train.tasks.expression import MAX_CHARACTERS, Expression, parse_expression
-from bittrue.train.tasks.recall import HEAD, RECORD, recall_problem, shared_file
+from bittrue.train.tasks.recall import HEAD, RECORD, Recall, recall_problem, shared_file
+from bittrue.train.tasks.sort import Sort
 from bittrue.train.tasks.task import Problem, Question, problem_in, seeded, split_of
 
 TOKENIZER = Tokenizer(small_tokenizer_json(322).encode(), source="small")
@@ -368,6 +369,8 @@ def test_rendered_references_parse_back(name: str) -> None:
 def test_tasks_are_found_by_name() -> None:
     assert tuple(all_tasks()) == TASK_NAMES
     check_names(TASK_NAMES)
+    made = make_tasks({"recall": 2.0, "sort": 1.0}, {"recall": [64, 128]})
+    assert made == {Recall(64, 128): 2.0, Sort(): 1.0}
 
 
 def test_unknown_names_and_lengths_are_refused() -> None:
@@ -376,3 +379,13 @@ def test_unknown_names_and_lengths_are_refused() -> None:
     for least, most in ((8, 64), (4096, 256), (256, 2**31)):
         with pytest.raises(ConfigError, match=f"cannot be from {least} to {most} tokens"):
             all_tasks(recall_min_tokens=least, recall_max_tokens=most)
+        with pytest.raises(ConfigError, match=f"cannot be from {least} to {most} tokens"):
+            make_tasks({"recall": 1.0}, {"recall": [least, most]})
+    with pytest.raises(ConfigError, match="give the least and the most"):
+        make_tasks({"recall": 1.0}, {"recall": [512]})
+    with pytest.raises(ConfigError, match="'sort', which has no choice of lengths"):
+        make_tasks({"sort": 1.0}, {"sort": [8, 9]})
+    with pytest.raises(ConfigError, match="'recall', which is not among the tasks"):
+        make_tasks({"sort": 1.0}, {"recall": [256, 512]})
+    with pytest.raises(ConfigError, match="no task 'x'"):
+        make_tasks({"x": 1.0})

@@ -1,6 +1,6 @@
 """The tasks by name, as run files and the evaluation name them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from bittrue.errors import ConfigError
 from bittrue.train.tasks.arithmetic import Arithmetic
@@ -13,12 +13,15 @@ from bittrue.train.tasks.sort import Sort
 from bittrue.train.tasks.task import Task
 
 _THINK_DIGITS = 5
+_RECALL_LEAST, _RECALL_MOST = 256, 4096
 TASK_NAMES = (
     "sort", "reverse", "add", "sub", "add-think", "sub-think", "brackets", "countdown", "recall", "calc",
 )  # fmt: skip
 
 
-def all_tasks(*, recall_min_tokens: int = 256, recall_max_tokens: int = 4096) -> dict[str, Task]:
+def all_tasks(
+    *, recall_min_tokens: int = _RECALL_LEAST, recall_max_tokens: int = _RECALL_MOST
+) -> dict[str, Task]:
     """Every task by its name; the lengths are of recall's conversations. Raises ConfigError for lengths that
     cannot be."""
     if not LEAST_TOKENS <= recall_min_tokens <= recall_max_tokens <= MOST_TOKENS:
@@ -40,6 +43,26 @@ def all_tasks(*, recall_min_tokens: int = 256, recall_max_tokens: int = 4096) ->
         Calc(),
     )
     return {task.name: task for task in tasks}
+
+
+def make_tasks(
+    weights: Mapping[str, float], lengths: Mapping[str, Sequence[int]] | None = None
+) -> dict[Task, float]:
+    """The tasks of a run file with their weights. ``lengths``: the least and the most tokens of a
+    conversation, by task; recall alone has a choice. Raises ConfigError."""
+    lengths = lengths or {}
+    check_names(weights)
+    stray = next((name for name in lengths if name != "recall" or name not in weights), None)
+    if stray is not None:
+        fact = "has no choice of lengths" if stray in weights else "is not among the tasks"
+        raise ConfigError(f"lengths are given for {stray!r}, which {fact}", field="lengths")
+    bounds = lengths.get("recall", (_RECALL_LEAST, _RECALL_MOST))
+    if len(bounds) != 2:
+        raise ConfigError(
+            f"lengths of recall are {list(bounds)}; give the least and the most", field="lengths"
+        )
+    tasks = all_tasks(recall_min_tokens=bounds[0], recall_max_tokens=bounds[1])
+    return {tasks[name]: weight for name, weight in weights.items()}
 
 
 def check_names(names: Iterable[str]) -> None:

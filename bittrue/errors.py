@@ -14,6 +14,7 @@ BittrueError
 ├── HttpRefused               key, path, method, time or size of a request  -> HTTP 401, 404, 405, 408, 413
 ├── RequestFailed             the engine could not finish this request      -> HTTP 500
 │   └── PoisonRequest         the engine process dies of this request       -> HTTP 500, do not retry
+├── TrainingFailed            a loss or a gradient is no number             -> exit 2
 ├── NotFlushed                cached prefixes may still be there            -> HTTP 500
 └── EngineDied                there is no engine process                    -> HTTP 503
 """
@@ -131,6 +132,17 @@ class PoisonRequest(RequestFailed):
     again."""
 
     code = "poison_request"
+
+
+class TrainingFailed(BittrueError):
+    """A loss or a gradient is no number any more. Names the step and the term; checkpoints are kept."""
+
+    code = "training_failed"
+
+    def __init__(self, message: str, *, step: int, term: str) -> None:
+        super().__init__(message)
+        self.step = step
+        self.term = term
 
 
 class NotFlushed(BittrueError):

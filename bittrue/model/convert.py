@@ -70,7 +70,7 @@ def to_official(
     """
     raw = dict(source.raw_config)
     if precision is not None:
-        raw = _with_precision(raw, precision)
+        raw = with_precision(raw, precision)
     specs = list(inventory(ModelConfig.from_dict(raw), draft=source.draft))
     tensors = _converted(source, specs, progress, keep_norms=precision is None)
     files = _other_files(source.directory)
@@ -90,7 +90,7 @@ def to_hf(
     which transformers reads.
     """
     config = ModelConfig.from_dict(source.raw_config)
-    raw = _with_precision(source.raw_config, config.plain_format)
+    raw = with_precision(source.raw_config, config.plain_format)
     raw["compress_ratios"] = list(config.compress_ratios)
     raw["num_nextn_predict_layers"] = 0
     specs = list(inventory(ModelConfig.from_dict(raw)))
@@ -99,7 +99,8 @@ def to_hf(
     return save_checkpoint(directory, raw, tensors, max_shard_bytes=max_shard_bytes, files=files)
 
 
-def _with_precision(raw: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
+def with_precision(raw: Mapping[str, Any], precision: Precision) -> dict[str, Any]:
+    """A config.json whose matrices are stored in another precision."""
     dropped = ("quantization_config", "expert_dtype", "dtype", "torch_dtype")
     out = {key: value for key, value in raw.items() if key not in dropped}
     out |= precision_fields(precision)

@@ -10,10 +10,8 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bittrue.config.model import ModelConfig, read_json_object
 from bittrue.errors import ConfigError
-from bittrue.model.inventory import DraftKind
-from bittrue.model.presets import PRESETS, Precision, preset_config
+from bittrue.model.presets import Precision
 
 
 class Section(BaseModel):
@@ -29,7 +27,9 @@ class ModelSection(Section):
     config: dict[str, Any] = Field(
         default_factory=dict, description="Fields of config.json that replace the preset's."
     )
-    precision: Precision = Field("fp4", description="Format of the published matrices.")
+    precision: Precision | None = Field(
+        None, description="Format of the published matrices; left out: fp4, or that of the start."
+    )
     draft: Literal["none", "mtp"] = Field("mtp", description="Train a draft head beside it, or none.")
     seed: int = Field(0, ge=0, description="Seed of the first weights.")
     start: str = Field(
@@ -44,7 +44,7 @@ class DataSection(Section):
     jsonl: str = Field("", description="File of documents, one JSON object a line, in place of tasks.")
     tasks: dict[str, float] = Field(default_factory=dict, description="Weight of each task.")
     lengths: dict[str, list[int]] = Field(
-        default_factory=dict, description="Tokens of a document, by task that has a choice: the sizes drawn."
+        default_factory=dict, description="Least and most tokens of a document, by task that has a choice."
     )
     max_tokens: int = Field(8192, ge=2, description="Longest document, in tokens.")
 
@@ -84,7 +84,9 @@ class ScheduleSection(Section):
         0, ge=0, description="Steps in which attention reads every entry and the index only learns."
     )
     mtp_late_step: int = Field(0, ge=0, description="From here loss.mtp_late in place of loss.mtp.")
-    qat_step: int = Field(0, ge=0, description="From here matrices are read in their published format.")
+    qat_step: int = Field(
+        0, ge=0, description="From here matrices are read in their published format; before, in bf16."
+    )
 
     @model_validator(mode="after")
     def _decay_after_warmup(self) -> Self:
@@ -163,20 +165,6 @@ class TrainConfig(Section):
                 f"every {every} needs run.keep of at least {needed}"
             )
         return self
-
-    def model_json(self) -> dict[str, Any]:
-        """The config.json of the model. Raises ConfigError naming the field (UnsupportedModel among them)."""
-        section = self.model
-        if section.start:
-            return dict(read_json_object(Path(section.start) / "config.json"))
-        if section.preset not in PRESETS:
-            known = ", ".join(PRESETS)
-            fact = f"model.preset: {section.preset!r} is none of {known}"
-            raise ConfigError(fact, field="model.preset")
-        draft: DraftKind = section.draft
-        raw = preset_config(section.preset, section.precision, draft=draft, **section.config)
-        ModelConfig.from_dict(raw)
-        return raw
 
     def identity(self) -> dict[str, Any]:
         """What the weights after a number of steps depend on, by dotted name: two runs that agree on it, and

@@ -23,7 +23,7 @@ class OptimSettings:
     beta2: float = 0.95
     eps: float = 1e-20
     weight_decay: float = 0.1
-    products: torch.dtype = torch.float32  # of Newton-Schulz
+    is_coarse: bool = False  # the products of Newton-Schulz in bf16
 
 
 def rule_of(name: str, shape: tuple[int, ...]) -> Rule:
@@ -105,7 +105,7 @@ class Optimiser:
             groups["muon"],
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
-            dtype=settings.products,
+            dtype=torch.bfloat16 if settings.is_coarse else torch.float32,
         )
         self._adamw = AdamW(groups["adamw"], settings, decay=settings.weight_decay)
         self._plain = AdamW(groups["adamw_no_decay"], settings, decay=0.0)

@@ -14,33 +14,55 @@ Op = Callable[..., Any]
 ACT = torch.float32
 
 
-def _linear(d_out: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    check("linear", "x", x, (None, None), ACT)
-    num_tokens, inputs = x.shape
-    check("linear", "matrix", matrix, (None, inputs), ACT)
-    check("linear", "d_out", d_out, (num_tokens, matrix.shape[0]), ACT)
-    return torch.mm(d_out, matrix), torch.mm(d_out.t(), x)
+def _product(kernels: Kernels) -> Callable[..., Tensor]:
+    """product(a [.., R, P], b [.., P, C], out [.., R, C]) -> out: a @ b, or with ``is_added`` out + a @ b.
+    ``a`` may have any strides, rows of b and out are contiguous. The same bits for any number of threads."""
+    run = kernels.bind(
+        "grad_product", PTR, I64, I64, I64, PTR, I64, I64, PTR, I64, I64, I64, I64, I64, I64, I64
+    )
+
+    def product(a: Tensor, b: Tensor, out: Tensor, *, is_added: bool = False) -> Tensor:
+        *groups, rows, columns = out.shape
+        a_group, b_group, out_group = (t.stride(0) if groups else 0 for t in (a, b, out))
+        run(
+            a.data_ptr(), a.stride(-2), a.stride(-1), a_group, b.data_ptr(), b.stride(-2), b_group,
+            out.data_ptr(), out.stride(-2), out_group, groups[0] if groups else 1, rows, a.shape[-1],
+            columns, is_added,
+        )  # fmt: skip
+        return out
+
+    return product
 
 
-def _grouped_linear(d_out: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    check("grouped_linear", "x", x, (None, None, None), ACT)
-    num_tokens, groups, inputs = x.shape
-    check("grouped_linear", "d_out", d_out, (num_tokens, groups, None), ACT)
-    outputs = d_out.shape[2]
-    check("grouped_linear", "matrix", matrix, (groups * outputs, inputs), ACT)
-    d_x, d_matrix = torch.empty_like(x), torch.empty_like(matrix)
-    for g in range(groups):
-        rows = slice(g * outputs, (g + 1) * outputs)
-        torch.mm(d_out[:, g], matrix[rows], out=d_x[:, g])
-        torch.mm(d_out[:, g].t(), x[:, g], out=d_matrix[rows])
-    return d_x, d_matrix
+def _product_ops(product: Callable[..., Tensor]) -> dict[str, Op]:
+    def linear(d_out: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        check("linear", "x", x, (None, None), ACT)
+        num_tokens, inputs = x.shape
+        check("linear", "matrix", matrix, (None, inputs), ACT)
+        check("linear", "d_out", d_out, (num_tokens, matrix.shape[0]), ACT)
+        d_x, d_matrix = torch.empty_like(x), torch.empty_like(matrix)
+        return product(d_out, matrix, d_x), product(d_out.t(), x, d_matrix)
+
+    def grouped_linear(d_out: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        check("grouped_linear", "x", x, (None, None, None), ACT)
+        num_tokens, groups, inputs = x.shape
+        check("grouped_linear", "d_out", d_out, (num_tokens, groups, None), ACT)
+        check("grouped_linear", "matrix", matrix, (groups * d_out.shape[2], inputs), ACT)
+        d_x, d_matrix = torch.empty_like(x), torch.empty_like(matrix)
+        by_group = matrix.view(groups, -1, inputs)
+        product(d_out.transpose(0, 1), by_group, d_x.transpose(0, 1))
+        product(d_out.permute(1, 2, 0), x.transpose(0, 1), d_matrix.view_as(by_group))
+        return d_x, d_matrix
+
+    return {"linear": linear, "grouped_linear": grouped_linear}
 
 
 class _Experts:
-    """The backward of experts: the kernels of csrc/grad_experts.cpp around torch's products, an expert at a
-    time so that what its rows make stays in the caches."""
+    """The backward of experts: the kernels of csrc/grad_experts.cpp around the products, an expert at a time
+    so that what its rows make stays in the caches."""
 
-    def __init__(self, kernels: Kernels) -> None:
+    def __init__(self, kernels: Kernels, product: Callable[..., Tensor]) -> None:
+        self._product = product
         self._sort = kernels.bind("grad_experts_sort", PTR, I64, I64, PTR, PTR, PTR, PTR)
         self._gather = kernels.bind("grad_experts_gather", PTR, PTR, PTR, I64, I64, I64, PTR, PTR)
         self._swiglu = kernels.bind("grad_experts_swiglu", PTR, PTR, PTR, PTR, I64, I64, F32, PTR)
@@ -80,12 +102,12 @@ class _Experts:
         """The chosen experts' d_x [T, D]; d_weights and d_bank are written."""
         (num_tokens, slots), width = ids.shape, x.shape[1]
         num_experts, hidden, _ = bank.w1.shape
+        pairs = ids.numel()
         pair_at, place, offsets = self._sorted(ids, num_experts)
         bounds = offsets.tolist()
         most = max((end - begin for begin, end in zip(bounds[:-1], bounds[1:], strict=True)), default=0)
-        x_rows, d_rows = torch.empty(most, width), torch.empty(most, width)
-        gate_up, hidden_rows = torch.empty(most, 2 * hidden), torch.empty(most, hidden)
-        both, d_both = torch.empty(2 * hidden, width), torch.empty(ids.numel(), width)
+        x_rows, d_rows, d_both = torch.empty(most, width), torch.empty(most, width), torch.empty(pairs, width)
+        gate_up, z_rows = torch.empty(most, 2 * hidden), torch.empty(most, hidden)
         for e in range(num_experts):
             begin, end = bounds[e], bounds[e + 1]
             count = end - begin
@@ -94,27 +116,15 @@ class _Experts:
                     gradient[e].zero_()
                 continue
             at = pair_at.data_ptr() + 8 * begin
-            xs, ds, gu, z = x_rows[:count], d_rows[:count], gate_up[:count], hidden_rows[:count]
+            xs, ds = x_rows[:count], d_rows[:count]
             self._gather(
                 x.data_ptr(), d_out.data_ptr(), at, count, slots, width, xs.data_ptr(), ds.data_ptr()
             )
-            torch.cat((bank.w1[e], bank.w3[e]), out=both)
-            torch.mm(xs, both.t(), out=gu)
-            torch.mm(ds, bank.w2[e], out=z)
-            self._swiglu(
-                gu.data_ptr(),
-                z.data_ptr(),
-                at,
-                weights.data_ptr(),
-                count,
-                hidden,
-                limit,
-                d_weights.data_ptr(),
-            )
-            torch.mm(ds.t(), z, out=d_bank.w2[e])
-            torch.mm(gu[:, :hidden].t(), xs, out=d_bank.w1[e])
-            torch.mm(gu[:, hidden:].t(), xs, out=d_bank.w3[e])
-            torch.mm(gu, both, out=d_both[begin:end])
+            self._expert(
+                ds, xs, (bank.w1[e], bank.w3[e], bank.w2[e]), (at, weights.data_ptr(), d_weights.data_ptr()),
+                limit, (gate_up[:count], z_rows[:count]), (d_bank.w1[e], d_bank.w3[e], d_bank.w2[e]),
+                d_both[begin:end], False,
+            )  # fmt: skip
         d_x = torch.empty_like(x)
         self._scatter(d_both.data_ptr(), place.data_ptr(), num_tokens, slots, width, d_x.data_ptr())
         return d_x
@@ -141,12 +151,39 @@ class _Experts:
         hidden = w1.shape[0]
         check("experts", "w3 of the shared expert", w3, (hidden, width), ACT)
         check("experts", "w2 of the shared expert", w2, (width, hidden), ACT)
-        both = torch.cat((w1, w3))
-        gu, z = torch.mm(x, both.t()), torch.mm(d_out, w2)
-        self._swiglu(gu.data_ptr(), z.data_ptr(), 0, 0, num_tokens, hidden, limit, 0)
-        d_x.addmm_(gu, both)
-        d_w1, d_w3 = torch.mm(gu[:, :hidden].t(), x), torch.mm(gu[:, hidden:].t(), x)
-        return d_w1, d_w3, torch.mm(d_out.t(), z)
+        gate_up, z = torch.empty(num_tokens, 2 * hidden), torch.empty(num_tokens, hidden)
+        gradients = (torch.empty_like(w1), torch.empty_like(w3), torch.empty_like(w2))
+        self._expert(d_out, x, matrices, (0, 0, 0), limit, (gate_up, z), gradients, d_x, True)
+        return gradients
+
+    def _expert(
+        self,
+        d_out: Tensor,
+        x: Tensor,
+        matrices: tuple[Tensor, Tensor, Tensor],
+        weights: tuple[int, int, int],
+        limit: float,
+        scratch: tuple[Tensor, Tensor],
+        gradients: tuple[Tensor, Tensor, Tensor],
+        d_x: Tensor,
+        is_added: bool,
+    ) -> None:
+        """One expert on rows [n, D]. ``weights``: addresses of its pairs, the weights and their gradients.
+        ``scratch`` [n, 2 * I] and [n, I]; ``gradients`` and d_x are written, d_x added to if so asked."""
+        (w1, w3, w2), (d_w1, d_w3, d_w2), (gate_up, z) = matrices, gradients, scratch
+        hidden = w1.shape[0]
+        self._product(x, torch.cat((w1.t(), w3.t()), 1), gate_up)
+        self._product(d_out, w2, z)
+        pair_at, weights_at, d_weights_at = weights
+        self._swiglu(
+            gate_up.data_ptr(), z.data_ptr(), pair_at, weights_at, x.shape[0], hidden, limit, d_weights_at
+        )
+        d_gate, d_up = gate_up[:, :hidden], gate_up[:, hidden:]
+        self._product(d_out.t(), z, d_w2)
+        self._product(d_gate.t(), x, d_w1)
+        self._product(d_up.t(), x, d_w3)
+        self._product(d_gate, w1, d_x, is_added=is_added)
+        self._product(d_up, w3, d_x, is_added=True)
 
 
 def _refuse_fault(op: str, fault: Tensor, num_experts: int) -> None:
@@ -222,10 +259,10 @@ def _pool_ops(kernels: Kernels) -> dict[str, Op]:
 
 def matrix_gradients(kernels: Kernels) -> dict[str, Op]:
     """The backward ops of this file by name."""
+    product = _product(kernels)
     return {
-        "linear": _linear,
-        "grouped_linear": _grouped_linear,
-        "experts": _Experts(kernels),
+        **_product_ops(product),
+        "experts": _Experts(kernels, product),
         "route": _route(kernels),
         **_pool_ops(kernels),
     }

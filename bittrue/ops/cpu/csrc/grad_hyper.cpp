@@ -5,14 +5,17 @@ namespace {
 
 constexpr int64_t MAX_STREAMS = 8;
 constexpr int64_t MAX_OUTPUTS = (2 + MAX_STREAMS) * MAX_STREAMS;
-constexpr int64_t GROUP = 16;           // tokens whose small matrices are computed together, one in each lane
-constexpr int64_t BLOCK_TOKENS = 256;   // tokens of one partial sum of a weight's gradient: their number decides the bits
-constexpr int64_t BLOCK = 1024;         // features of a token tile and of an output tile that fit the first cache
-// Tiles whose sums are in registers together. Every sum has its own order, so they decide no bit.
+constexpr int64_t GROUP = 16;          // tokens whose small matrices are computed together, one in each lane
+constexpr int64_t BLOCK_TOKENS = 256;  // tokens of one partial sum of a weight's gradient: their number decides the bits
+// Streams and fn are copied to tiles of 64 features of one stream, filled up with zeros: rows as they stand, powers of two
+// apart, would fight for the same few lines of the first cache.
+constexpr int64_t TILE = 64, VECTORS = TILE / 16;
+constexpr int64_t NEAR_TILES = 16;  // tiles of four tokens and six outputs that fit the first cache
+// Sums that are in registers together. Every sum has its own order, so they decide no bit.
 constexpr bool IS_WIDE = BITTRUE_ISA_CODE == 2;
-constexpr int TOKEN_TILE = IS_WIDE ? 4 : 2, OUTPUT_TILE = IS_WIDE ? 6 : 2, FEATURE_TILE = IS_WIDE ? 4 : 2;
+constexpr int TOKENS = IS_WIDE ? 4 : 2, OUTPUTS = IS_WIDE ? 6 : 2, FEATURES = IS_WIDE ? 4 : 2;  // FEATURES in vectors
 
-thread_local Scratch partial_scratch;  // of the calling thread
+thread_local Scratch fn_scratch, partial_scratch;  // of the calling thread
 thread_local Scratch group_scratch;
 
 // ---- sixteen vectors at a time
@@ -65,174 +68,204 @@ struct Task {
     float* d_streams;
     int64_t tokens, m, dim, outputs, iters;
     float eps, norm_eps;
+    const float* tiles_of_fn;  // [tiles, outputs, TILE]
 
     int64_t n() const { return m * dim; }
     int64_t scales() const { return outputs == m ? 1 : 3; }
-    // Of one partial sum: d_fn [outputs, n], d_norm [dim], d_base [outputs], d_scale [3].
-    int64_t partial_size() const { return outputs * n() + dim + outputs + 3; }
+    int64_t stream_tiles() const { return (dim + TILE - 1) / TILE; }
+    int64_t tiles() const { return m * stream_tiles(); }
+    int64_t width(int64_t tile) const {  // features of a tile
+        const int64_t left = dim - tile % stream_tiles() * TILE;
+        return left < TILE ? left : TILE;
+    }
+    int64_t feature(int64_t tile) const { return tile / stream_tiles() * dim + tile % stream_tiles() * TILE; }
+    // Of one partial sum: d_fn as tiles_of_fn, d_norm [dim], d_base [outputs], d_scale [3].
+    int64_t fn_size() const { return tiles() * outputs * TILE; }
+    int64_t partial_size() const { return fn_size() + dim + outputs + 3; }
 };
 
 // Scratch of a group, every row of 16 floats one token a lane unless said otherwise.
 struct Group {
-    const float *d_x, *streams;
+    const float* d_x;
     float* d_streams;
     int64_t first, count;  // tokens first..first+count
+    const float* next;     // streams of the group after this one, next_size floats
+    int64_t next_size;
 
-    float* chains;       // [outputs, 16 tokens, 16]
-    float* sums;         // [2 + 2 m, 16 tokens, 16]: products over features, before their lanes are added
-    float* hidden;       // [16 tokens, dim]: the mixed streams, then their gradient
-    float* mixes;        // [outputs, 16]
-    float* d_mixes;      // [outputs, 16]: of fn . v, before the division by the rms
-    float* sigmoids;     // [2 m, 16]
-    float* pre;          // [m, 16]
-    float* softmax;      // [m m, 16]
-    float* comb;         // [m m, 16]
-    float* denominators; // [2 iters, 2, m, 16]: of each half round, and their inverses
-    float* back;         // [16]: d_streams += back * streams
-    float* totals;       // [outputs + 3, 16]: d_base and d_scale of the block, one sum a lane
+    float* streams;       // [tiles, 16 tokens, TILE], zeros where there is no token
+    float* hidden;        // [stream_tiles, 16 tokens, TILE]: the mixed streams, then their gradient
+    float* chains;        // [outputs, 16 tokens, 16]
+    float* sums;          // [2 + 2 m, 16 tokens, 16]: products over features, before their lanes are added
+    float* mixes;         // [outputs, 16]
+    float* d_mixes;       // [outputs, 16]: of fn . v, before the division by the rms
+    float* sigmoids;      // [2 m, 16]
+    float* pre;           // [m, 16]
+    float* softmax;       // [m m, 16]
+    float* comb;          // [m m, 16]
+    float* denominators;  // [2 iters, 2, m, 16]: of each half round, and their inverses
+    float* back;          // [16]: d_streams += back * streams
+    float* totals;        // [outputs + 3, 16]: d_base and d_scale of the block, one sum a lane
 
-    static int64_t floats(const Task& w) {
-        const int64_t rounds = w.iters > 1 ? w.iters : 1;
-        return w.outputs * 16 * 16 + (2 + 2 * w.m) * 16 * 16 + 16 * ((w.dim + 15) / 16 * 16) +
-               16 * (3 * w.outputs + 3 * w.m + 2 * w.m * w.m + 4 * rounds * w.m + 4);
-    }
+    int64_t size = 0;  // floats of scratch; `memory` may be null to learn it
+
     Group(const Task& w, float* memory) {
-        const auto take = [&](int64_t size) { return std::exchange(memory, memory + size); };
-        const int64_t rounds = w.iters > 1 ? w.iters : 1;
-        chains = take(w.outputs * 16 * 16);
-        sums = take((2 + 2 * w.m) * 16 * 16);
-        hidden = take(16 * ((w.dim + 15) / 16 * 16));
-        mixes = take(w.outputs * 16);
-        d_mixes = take(w.outputs * 16);
-        sigmoids = take(2 * w.m * 16);
-        pre = take(w.m * 16);
-        softmax = take(w.m * w.m * 16);
-        comb = take(w.m * w.m * 16);
-        denominators = take(4 * rounds * w.m * 16);
-        back = take(16);
-        totals = take((w.outputs + 3) * 16);
+        const auto take = [&](int64_t rows) { return memory + std::exchange(size, size + rows * 16); };
+        streams = take(w.tiles() * TILE);
+        hidden = take(w.stream_tiles() * TILE);
+        chains = take(w.outputs * 16);
+        sums = take((2 + 2 * w.m) * 16);
+        mixes = take(w.outputs);
+        d_mixes = take(w.outputs);
+        sigmoids = take(2 * w.m);
+        pre = take(w.m);
+        softmax = take(w.m * w.m);
+        comb = take(w.m * w.m);
+        denominators = take(4 * (w.iters > 1 ? w.iters : 1) * w.m);
+        back = take(1);
+        totals = take(w.outputs + 3);
     }
 };
 
+// ---- copies to tiles
+
+// row: features of one stream or output -> to + tile * stride
+template <class Use> BT void copy_to_tile(const Task& w, const float* row, int64_t tile, float* to, const Use& use) {
+    const float* from = row + w.feature(tile);
+    const int64_t width = w.width(tile);
+    for (int64_t f = 0; f < VECTORS; ++f) {
+        const int64_t left = width - f * 16;
+        const f32x16 v = left > 0 ? load_n(from + f * 16, left) : zero();
+        store(to + f * 16, v);
+        use(f, v);
+    }
+}
+
+// fn [outputs, n] -> [tiles, outputs, TILE]
+void copy_fn(const Task& w, float* to) {
+    for (int64_t q = 0; q < w.tiles(); ++q)
+        for (int64_t o = 0; o < w.outputs; ++o)
+            copy_to_tile(w, w.fn + o * w.n(), q, to + (q * w.outputs + o) * TILE, [](int64_t, f32x16) {});
+}
+
+// The group's streams to their tiles; the squares of each token's features, one token a lane.
+f32x16 copy_streams(const Task& w, const Group& g) {
+    if (g.count < GROUP) std::memset(g.streams, 0, size_t(w.tiles()) * GROUP * TILE * 4);
+    alignas(64) float squares[GROUP * 16] = {};
+    for (int64_t t = 0; t < g.count; ++t) {
+        const float* row = w.streams + (g.first + t) * w.n();
+        f32x16 sums[VECTORS] = {zero(), zero(), zero(), zero()};
+        for (int64_t q = 0; q < w.tiles(); ++q)
+            copy_to_tile(w, row, q, g.streams + (q * GROUP + t) * TILE,
+                         [&](int64_t f, f32x16 v) __attribute__((always_inline)) { sums[f] = fma(v, v, sums[f]); });
+        store(squares + t * 16, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+    }
+    return lane_sums(squares);
+}
+
 // ---- products of tokens and fn
 
-// chains += tokens TT, outputs OO, sixteen chains each over `size` features.
-template <int TT, int OO>
-void extend_chains(const float* v, const float* fn, int64_t width, int64_t size, float* chains) {
+// Asks the memory for parts first..first+count of `parts` of rows that are read or written soon: the products below take long.
+BT void prefetch(const float* rows, int64_t size, int64_t first, int64_t count, int64_t parts) {
+    for (int64_t i = size * first / parts; i < size * (first + count) / parts; i += 16) __builtin_prefetch(rows + i);
+}
+
+// TT tokens by OO outputs: chains += sixteen chains each over `tiles` tiles.
+template <int TT, int OO> void extend_chains(const float* v, const float* fn, int64_t outputs, int64_t tiles, float* chains) {
     f32x16 sums[TT][OO];
     for (int t = 0; t < TT; ++t)
         for (int o = 0; o < OO; ++o) sums[t][o] = load(chains + (o * 16 + t) * 16);
-    const auto step = [&](int64_t i, auto read) __attribute__((always_inline)) {
-        f32x16 x[TT];
-        for (int t = 0; t < TT; ++t) x[t] = read(v + t * width + i, size - i);
-        for (int o = 0; o < OO; ++o) {
-            const f32x16 w = read(fn + o * width + i, size - i);
-            for (int t = 0; t < TT; ++t) sums[t][o] = fma(x[t], w, sums[t][o]);
+    for (int64_t q = 0; q < tiles; ++q, v += GROUP * TILE, fn += outputs * TILE)
+        for (int64_t i = 0; i < TILE; i += 16) {
+            f32x16 x[TT];
+            for (int t = 0; t < TT; ++t) x[t] = load(v + t * TILE + i);
+            for (int o = 0; o < OO; ++o) {
+                const f32x16 w = load(fn + o * TILE + i);
+                for (int t = 0; t < TT; ++t) sums[t][o] = fma(x[t], w, sums[t][o]);
+            }
         }
-    };
-    int64_t i = 0;
-    for (; i + 16 <= size; i += 16) step(i, [](const float* p, int64_t) __attribute__((always_inline)) { return load(p); });
-    if (i < size) step(i, [](const float* p, int64_t left) __attribute__((always_inline)) { return load_n(p, left); });
     for (int t = 0; t < TT; ++t)
         for (int o = 0; o < OO; ++o) store(chains + (o * 16 + t) * 16, sums[t][o]);
 }
 
-template <int TT> void extend_outputs(const float* v, const float* fn, int64_t width, int64_t size, float* chains, int64_t outputs) {
+// body(first output, number of outputs as a constant), over all outputs
+template <class Body> BT void for_outputs(int64_t outputs, const Body& body) {
     int64_t o = 0;
-    for (; o + OUTPUT_TILE <= outputs; o += OUTPUT_TILE)
-        extend_chains<TT, OUTPUT_TILE>(v, fn + o * width, width, size, chains + o * 256);
-    for (; o < outputs; ++o) extend_chains<TT, 1>(v, fn + o * width, width, size, chains + o * 256);
+    for (; o + OUTPUTS <= outputs; o += OUTPUTS) body(o, std::integral_constant<int, OUTPUTS>());
+    for (; o + 2 <= outputs; o += 2) body(o, std::integral_constant<int, 2>());
+    for (; o < outputs; ++o) body(o, std::integral_constant<int, 1>());
 }
 
 // mixes = fn . streams, not divided by their rms yet
 void mix(const Task& w, const Group& g) {
-    const int64_t n = w.n();
     std::memset(g.chains, 0, size_t(w.outputs) * 16 * 16 * 4);
-    for (int64_t k = 0; k < n; k += BLOCK) {
-        const int64_t size = n - k < BLOCK ? n - k : BLOCK;
-        for (int64_t o = 0; o < w.outputs; o += OUTPUT_TILE) {
-            const int64_t tile = w.outputs - o < OUTPUT_TILE ? w.outputs - o : OUTPUT_TILE;
-            const float* fn = w.fn + o * n + k;
-            float* chains = g.chains + o * 256;
-            int64_t t = 0;
-            for (; t + TOKEN_TILE <= g.count; t += TOKEN_TILE)
-                extend_outputs<TOKEN_TILE>(g.streams + t * n + k, fn, n, size, chains + t * 16, tile);
-            for (; t < g.count; ++t) extend_outputs<1>(g.streams + t * n + k, fn, n, size, chains + t * 16, tile);
-        }
+    for (int64_t q = 0; q < w.tiles(); q += NEAR_TILES) {
+        const int64_t tiles = w.tiles() - q < NEAR_TILES ? w.tiles() - q : NEAR_TILES;
+        for_outputs(w.outputs, [&](int64_t o, auto number) {
+            constexpr int OO = decltype(number)::value;
+            for (int64_t t = 0; t < GROUP; t += TOKENS) {
+                if (q == 0) prefetch(g.d_streams, g.count * w.n(), o * GROUP + t * OO, OO * TOKENS, w.outputs * GROUP);
+                extend_chains<TOKENS, OO>(g.streams + (q * GROUP + t) * TILE, w.tiles_of_fn + (q * w.outputs + o) * TILE,
+                                          w.outputs, tiles, g.chains + (o * 16 + t) * 16);
+            }
+        });
     }
     for (int64_t o = 0; o < w.outputs; ++o) store(g.mixes + o * 16, lane_sums(g.chains + o * 256));
 }
 
-// d_streams of TT tokens and FF vectors of features of stream j: pre_j d_hidden + back * streams + fn^T d_mixes.
-template <int TT, int FF> void streams_tile(const Task& w, const Group& g, int64_t t, int64_t j, int64_t i) {
-    const int64_t n = w.n(), column = j * w.dim + i, left = w.dim - i;
-    f32x16 sums[TT][FF];
-    for (int a = 0; a < TT; ++a) {
-        const f32x16 pre = set1(g.pre[j * 16 + t + a]), back = set1(g.back[t + a]);
-        for (int f = 0; f < FF; ++f) {
-            const f32x16 v = load_n(g.streams + (t + a) * n + column + f * 16, left - f * 16);
-            const f32x16 d = load_n(g.hidden + (t + a) * w.dim + i + f * 16, left - f * 16);
-            sums[a][f] = fma(pre, d, mul(back, v));
+// A part of a tile of d_streams, TOKENS tokens by FEATURES vectors: pre_j d_hidden + back * streams + fn^T d_mixes.
+// v and d: the tokens' streams and d_hidden; fn [outputs, TILE]; out: d_streams of the first, of which `left` features stand.
+BT void streams_part(const Task& w, const float* v, const float* d, const float* fn, const float* d_mixes, const float* pre,
+                     const float* back, float* out, int64_t count, int64_t left) {
+    f32x16 sums[TOKENS][FEATURES];
+    for (int t = 0; t < TOKENS; ++t)
+        for (int f = 0; f < FEATURES; ++f)
+            sums[t][f] = fma(set1(pre[t]), load(d + t * TILE + f * 16), mul(set1(back[t]), load(v + t * TILE + f * 16)));
+    for (int64_t o = 0; o < w.outputs; ++o, fn += TILE, d_mixes += 16) {
+        f32x16 x[FEATURES];
+        for (int f = 0; f < FEATURES; ++f) x[f] = load(fn + f * 16);
+        for (int t = 0; t < TOKENS; ++t) {
+            const f32x16 dm = set1(d_mixes[t]);
+            for (int f = 0; f < FEATURES; ++f) sums[t][f] = fma(dm, x[f], sums[t][f]);
         }
     }
-    const float* fn = w.fn + column;
-    const float* d_mixes = g.d_mixes + t;
-    for (int64_t o = 0; o < w.outputs; ++o, fn += n, d_mixes += 16) {
-        f32x16 x[FF];
-        for (int f = 0; f < FF; ++f) x[f] = FF > 1 ? load(fn + f * 16) : load_n(fn, left);
-        for (int a = 0; a < TT; ++a) {
-            const f32x16 d = set1(d_mixes[a]);
-            for (int f = 0; f < FF; ++f) sums[a][f] = fma(d, x[f], sums[a][f]);
+    for (int t = 0; t < TOKENS && t < count; ++t)
+        for (int f = 0; f < FEATURES && f * 16 < left; ++f) store_n(out + t * w.n() + f * 16, sums[t][f], left - f * 16);
+}
+
+// A part of a tile of d_fn, OO outputs by FEATURES vectors: each token's d_mix * streams is added, first to last.
+template <int OO> BT void fn_part(const float* v, const float* d_mixes, float* d_fn) {
+    f32x16 sums[OO][FEATURES];
+    for (int o = 0; o < OO; ++o)
+        for (int f = 0; f < FEATURES; ++f) sums[o][f] = load(d_fn + o * TILE + f * 16);
+    for (int64_t t = 0; t < GROUP; ++t, v += TILE) {
+        f32x16 x[FEATURES];
+        for (int f = 0; f < FEATURES; ++f) x[f] = load(v + f * 16);
+        for (int o = 0; o < OO; ++o) {
+            const f32x16 dm = set1(d_mixes[o * 16 + t]);
+            for (int f = 0; f < FEATURES; ++f) sums[o][f] = fma(dm, x[f], sums[o][f]);
         }
     }
-    for (int a = 0; a < TT; ++a)
-        for (int f = 0; f < FF; ++f)
-            store_n(g.d_streams + (t + a) * n + column + f * 16, sums[a][f], left - f * 16);
+    for (int o = 0; o < OO; ++o)
+        for (int f = 0; f < FEATURES; ++f) store(d_fn + o * TILE + f * 16, sums[o][f]);
 }
 
-template <int FF> void streams_column(const Task& w, const Group& g, int64_t j, int64_t i) {
-    int64_t t = 0;
-    for (; t + TOKEN_TILE <= g.count; t += TOKEN_TILE) streams_tile<TOKEN_TILE, FF>(w, g, t, j, i);
-    for (; t < g.count; ++t) streams_tile<1, FF>(w, g, t, j, i);
-}
-
-void streams_backward(const Task& w, const Group& g) {
-    for (int64_t j = 0; j < w.m; ++j) {
-        int64_t i = 0;
-        for (; i + FEATURE_TILE * 16 <= w.dim; i += FEATURE_TILE * 16) streams_column<FEATURE_TILE>(w, g, j, i);
-        for (; i < w.dim; i += 16) streams_column<1>(w, g, j, i);
-    }
-}
-
-// d_fn of OO outputs and FF vectors of features: each token's d_mix * streams is added, first to last.
-template <int OO, int FF> void fn_tile(const Task& w, const Group& g, float* d_fn, int64_t o, int64_t i) {
-    const int64_t n = w.n(), left = n - i;
-    f32x16 sums[OO][FF];
-    for (int a = 0; a < OO; ++a)
-        for (int f = 0; f < FF; ++f) sums[a][f] = load_n(d_fn + (o + a) * n + i + f * 16, left - f * 16);
-    const float *v = g.streams + i, *d_mixes = g.d_mixes + o * 16;
-    for (int64_t t = 0; t < g.count; ++t, v += n) {
-        f32x16 x[FF];
-        for (int f = 0; f < FF; ++f) x[f] = FF > 1 ? load(v + f * 16) : load_n(v, left);
-        for (int a = 0; a < OO; ++a) {
-            const f32x16 d = set1(d_mixes[a * 16 + t]);
-            for (int f = 0; f < FF; ++f) sums[a][f] = fma(d, x[f], sums[a][f]);
+// d_streams and what the group adds to d_fn [tiles, outputs, TILE], tile by tile
+void products_backward(const Task& w, const Group& g, float* d_fn) {
+    for (int64_t q = 0; q < w.tiles(); ++q) {
+        const float *v = g.streams + q * GROUP * TILE, *hidden = g.hidden + q % w.stream_tiles() * GROUP * TILE;
+        const float *fn = w.tiles_of_fn + q * w.outputs * TILE, *pre = g.pre + q / w.stream_tiles() * 16;
+        float *out = g.d_streams + w.feature(q), *to = d_fn + q * w.outputs * TILE;
+        for (int64_t i = 0; i < w.width(q); i += FEATURES * 16) {
+            for (int64_t t = 0; t < g.count; t += TOKENS) {
+                if (i == 0) prefetch(g.next, g.next_size, q * GROUP + t, TOKENS, w.tiles() * GROUP);
+                streams_part(w, v + t * TILE + i, hidden + t * TILE + i, fn + i, g.d_mixes + t, pre + t, g.back + t,
+                             out + t * w.n() + i, g.count - t, w.width(q) - i);
+            }
+            for_outputs(w.outputs, [&](int64_t o, auto number) {
+                fn_part<decltype(number)::value>(v + i, g.d_mixes + o * 16, to + o * TILE + i);
+            });
         }
     }
-    for (int a = 0; a < OO; ++a)
-        for (int f = 0; f < FF; ++f) store_n(d_fn + (o + a) * n + i + f * 16, sums[a][f], left - f * 16);
-}
-
-template <int FF> void fn_column(const Task& w, const Group& g, float* d_fn, int64_t i) {
-    int64_t o = 0;
-    for (; o + OUTPUT_TILE <= w.outputs; o += OUTPUT_TILE) fn_tile<OUTPUT_TILE, FF>(w, g, d_fn, o, i);
-    for (; o < w.outputs; ++o) fn_tile<1, FF>(w, g, d_fn, o, i);
-}
-
-void fn_backward(const Task& w, const Group& g, float* d_fn) {
-    int64_t i = 0;
-    for (; i + FEATURE_TILE * 16 <= w.n(); i += FEATURE_TILE * 16) fn_column<FEATURE_TILE>(w, g, d_fn, i);
-    for (; i < w.n(); i += 16) fn_column<1>(w, g, d_fn, i);
 }
 
 // ---- Sinkhorn rounds of sixteen matrices. M streams, or the run-time m when M is 0.
@@ -339,7 +372,7 @@ template <int64_t M> void coefficients(const Task& w, const Group& g, f32x16 inv
 // The mixed streams of each token, and what their norm and their factors need:
 // sums [2 + 2 m]: h . h, gw . h, gw . stream_j, h . stream_j, with gw = d_x * norm.
 template <int64_t M> void hidden_products(const Task& w, const Group& g) {
-    const int64_t m = M ? M : w.m, n = w.n();
+    const int64_t m = M ? M : w.m, apart = w.stream_tiles() * GROUP * TILE;
     for (int64_t t = 0; t < g.count; ++t) {
         f32x16 hh = zero(), gh = zero(), gs[M ? M : MAX_STREAMS], hs[M ? M : MAX_STREAMS], pre[M ? M : MAX_STREAMS];
         for (int64_t j = 0; j < m; ++j) {
@@ -347,10 +380,10 @@ template <int64_t M> void hidden_products(const Task& w, const Group& g) {
             pre[j] = set1(g.pre[j * 16 + t]);
         }
         for (int64_t i = 0; i < w.dim; i += 16) {
-            const int64_t left = w.dim - i;
+            const int64_t left = w.dim - i, place = (i / TILE * GROUP + t) * TILE + i % TILE;
             f32x16 v[M ? M : MAX_STREAMS], h = zero();
             for (int64_t j = 0; j < m; ++j) {
-                v[j] = load_n(g.streams + t * n + j * w.dim + i, left);
+                v[j] = load(g.streams + j * apart + place);
                 h = fma(pre[j], v[j], h);
             }
             const f32x16 gw = mul(load_n(g.d_x + t * w.dim + i, left), load_n(w.norm + i, left));
@@ -360,7 +393,7 @@ template <int64_t M> void hidden_products(const Task& w, const Group& g) {
                 gs[j] = fma(gw, v[j], gs[j]);
                 hs[j] = fma(h, v[j], hs[j]);
             }
-            store_n(g.hidden + t * w.dim + i, h, left);
+            store(g.hidden + place, h);
         }
         store(g.sums + t * 16, hh);
         store(g.sums + (16 + t) * 16, gh);
@@ -378,13 +411,14 @@ void hidden_backward(const Task& w, const Group& g, f32x16 near, f32x16 far, flo
     store(fars, far);
     for (int64_t i = 0; i < w.dim; i += 16) {
         const int64_t left = w.dim - i;
+        float* hidden = g.hidden + i / TILE * GROUP * TILE + i % TILE;
         f32x16 total = load_n(d_norm + i, left);
         const f32x16 norm = load_n(w.norm + i, left);
         for (int64_t t = 0; t < g.count; ++t) {
-            const f32x16 d = load_n(g.d_x + t * w.dim + i, left), h = load_n(g.hidden + t * w.dim + i, left);
+            const f32x16 d = load_n(g.d_x + t * w.dim + i, left), h = load(hidden + t * TILE);
             const f32x16 r = set1(nears[t]);
             total = fma(mul(d, h), r, total);
-            store_n(g.hidden + t * w.dim + i, fma(set1(fars[t]), h, mul(mul(d, norm), r)), left);
+            store(hidden + t * TILE, fma(set1(fars[t]), h, mul(mul(d, norm), r)));
         }
         store_n(d_norm + i, total, left);
     }
@@ -432,47 +466,44 @@ template <int64_t M> void coefficients_backward(const Task& w, const Group& g, f
 }
 
 template <int64_t M> void group_backward(const Task& w, Group& g, int64_t first, int64_t count, float* partial) {
-    const int64_t n = w.n();
     g.first = first;
     g.count = count;
+    g.next = w.streams + (first + count) * w.n();
+    g.next_size = (w.tokens - first - count < GROUP ? w.tokens - first - count : GROUP) * w.n();
     g.d_x = w.d_x + first * w.dim;
-    g.streams = w.streams + first * n;
-    g.d_streams = w.d_streams + first * n;
+    g.d_streams = w.d_streams + first * w.n();
+    const f32x16 inverse = inverse_rms_lanes(copy_streams(w, g), w.n(), w.norm_eps, count);
     mix(w, g);
-    alignas(64) float squares[16] = {};
-    for (int64_t t = 0; t < count; ++t) squares[t] = sum_of_squares(g.streams + t * n, n);
-    const f32x16 inverse = inverse_rms_lanes(load(squares), n, w.norm_eps, count);
     coefficients<M>(w, g, inverse);
-    if (count < 16) std::memset(g.sums, 0, size_t(2 + 2 * w.m) * 16 * 16 * 4);
+    if (count < GROUP) std::memset(g.sums, 0, size_t(2 + 2 * w.m) * 16 * 16 * 4);
     hidden_products<M>(w, g);
     const f32x16 near = inverse_rms_lanes(lane_sums(g.sums), w.dim, w.norm_eps, count);
     const f32x16 mean = div(lane_sums(g.sums + 256), set1(-float(w.dim)));
     const f32x16 far = mul(mul(mul(mean, near), near), near);
     coefficients_backward<M>(w, g, inverse, near, far);
-    hidden_backward(w, g, near, far, partial + w.outputs * n);
-    streams_backward(w, g);
-    fn_backward(w, g, partial);
+    hidden_backward(w, g, near, far, partial + w.fn_size());
+    products_backward(w, g, partial);
 }
 
-// out [count] = the sum of the blocks' partial sums, first to last
-void add_blocks(const float* partials, int64_t blocks, int64_t stride, float* out, int64_t count) {
-    PARALLEL_FOR(p, (count + 511) / 512, blocks * count) {
-        const int64_t end = (p + 1) * 512 < count ? (p + 1) * 512 : count;
-        for (int64_t i = p * 512; i < end; i += 16) {
-            f32x16 sum = zero();
-            for (int64_t b = 0; b < blocks; ++b) sum = add(sum, load_n(partials + b * stride + i, end - i));
-            store_n(out + i, sum, end - i);
-        }
-    };
+// The sum of `count` floats at `at` of each block's partial sums, first to last
+void add_blocks(const float* at, int64_t blocks, int64_t stride, float* out, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) {
+        f32x16 sum = zero();
+        for (int64_t b = 0; b < blocks; ++b) sum = add(sum, load_n(at + b * stride + i, count - i));
+        store_n(out + i, sum, count - i);
+    }
 }
 
 // d_streams, and the gradients of the weights
-void mixing_backward(const Task& w, float* d_fn, float* d_base, float* d_scale, float* d_norm) {
-    const int64_t n = w.n(), stride = w.partial_size(), blocks = (w.tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+void mixing_backward(Task w, float* d_fn, float* d_base, float* d_scale, float* d_norm) {
+    const int64_t stride = w.partial_size(), blocks = (w.tokens + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    float* tiles_of_fn = fn_scratch.get<float>(w.fn_size());
     float* partials = partial_scratch.get<float>(blocks * stride);
-    PARALLEL_FOR(b, blocks, w.tokens * n * w.outputs * 3) {
-        Group g(w, group_scratch.get<float>(Group::floats(w)));
-        float *partial = partials + b * stride, *sums = partial + w.outputs * n + w.dim;
+    copy_fn(w, tiles_of_fn);
+    w.tiles_of_fn = tiles_of_fn;
+    PARALLEL_FOR(b, blocks, w.tokens * w.n() * w.outputs * 3) {
+        Group g(w, group_scratch.get<float>(Group(w, nullptr).size));
+        float *partial = partials + b * stride, *sums = partial + w.fn_size() + w.dim;
         std::memset(partial, 0, size_t(stride) * 4);
         std::memset(g.totals, 0, size_t(w.outputs + 3) * 16 * 4);
         const int64_t end = (b + 1) * BLOCK_TOKENS < w.tokens ? (b + 1) * BLOCK_TOKENS : w.tokens;
@@ -483,10 +514,14 @@ void mixing_backward(const Task& w, float* d_fn, float* d_base, float* d_scale, 
         }
         for (int64_t o = 0; o < w.outputs + 3; ++o) sums[o] = hsum(load(g.totals + o * 16));
     };
-    add_blocks(partials, blocks, stride, d_fn, w.outputs * n);
-    add_blocks(partials + w.outputs * n, blocks, stride, d_norm, w.dim);
-    add_blocks(partials + w.outputs * n + w.dim, blocks, stride, d_base, w.outputs);
-    add_blocks(partials + w.outputs * n + w.dim + w.outputs, blocks, stride, d_scale, w.scales());
+    PARALLEL_FOR(row, w.tiles() * w.outputs, blocks * w.fn_size()) {
+        const int64_t q = row / w.outputs, o = row % w.outputs;
+        add_blocks(partials + row * TILE, blocks, stride, d_fn + o * w.n() + w.feature(q), w.width(q));
+    };
+    const float* small = partials + w.fn_size();
+    add_blocks(small, blocks, stride, d_norm, w.dim);
+    add_blocks(small + w.dim, blocks, stride, d_base, w.outputs);
+    add_blocks(small + w.dim + w.outputs, blocks, stride, d_scale, w.scales());
 }
 
 // ---- hc_post: a source (y or a stream) goes into the m outputs with m factors.
@@ -539,7 +574,7 @@ BITTRUE_EXPORT(hc_pre_backward)(const float* d_x, const float* d_post, const flo
                                 float* d_streams, float* d_fn, float* d_base, float* d_scale, float* d_norm,
                                 int64_t tokens, int64_t m, int64_t dim, int64_t iters, float eps, float norm_eps) {
     const Task task{d_x, d_post, d_comb, streams, fn, base, scale, norm, d_streams,
-                    tokens, m, dim, (2 + m) * m, iters, eps, norm_eps};
+                    tokens, m, dim, (2 + m) * m, iters, eps, norm_eps, nullptr};
     mixing_backward(task, d_fn, d_base, d_scale, d_norm);
 }
 
@@ -548,7 +583,8 @@ BITTRUE_EXPORT(hc_head_backward)(const float* d_out, const float* streams, const
                                  const float* scale, const float* norm, float* d_streams, float* d_fn, float* d_base,
                                  float* d_scale, float* d_norm, int64_t tokens, int64_t m, int64_t dim, float eps,
                                  float norm_eps) {
-    const Task task{d_out, nullptr, nullptr, streams, fn, base, scale, norm, d_streams, tokens, m, dim, m, 0, eps, norm_eps};
+    const Task task{d_out, nullptr, nullptr, streams, fn, base, scale, norm, d_streams,
+                    tokens, m, dim, m, 0, eps, norm_eps, nullptr};
     mixing_backward(task, d_fn, d_base, d_scale, d_norm);
 }
 

@@ -4,7 +4,7 @@
 namespace {
 
 constexpr int64_t BLOCK_ROWS = 256;  // rows of one partial sum of d_weight: their number decides the bits
-constexpr int64_t SLICE = 32;        // columns of the embedding one thread takes through all tokens
+constexpr int64_t SHARES = 8;        // parts of the vocabulary: all tokens of one id are added by one thread
 
 thread_local Scratch partial_scratch;  // of the calling thread
 
@@ -63,17 +63,15 @@ BITTRUE_EXPORT(rms_norm_backward)(const float* d_out, const float* x, const floa
 // An id outside the table has no row.
 BITTRUE_EXPORT(embed_backward)(const float* d_out, const int64_t* ids, float* d_table, int64_t vocab, int64_t tokens,
                                int64_t m, int64_t dim) {
-    const int64_t slices = (dim + SLICE - 1) / SLICE;
-    PARALLEL_FOR(s, slices, tokens * m * dim) {
-        const int64_t end = (s + 1) * SLICE < dim ? (s + 1) * SLICE : dim;
+    PARALLEL_FOR(share, SHARES, tokens * m * dim) {
         for (int64_t t = 0; t < tokens; ++t) {
-            if (ids[t] < 0 || ids[t] >= vocab) continue;
+            if (ids[t] < 0 || ids[t] >= vocab || ids[t] % SHARES != share) continue;
+            const float* d = d_out + t * m * dim;
             float* row = d_table + ids[t] * dim;
-            for (int64_t i = s * SLICE; i < end; i += 16) {
-                const float* d = d_out + t * m * dim + i;
-                f32x16 sum = load_n(d, end - i);
-                for (int64_t j = 1; j < m; ++j) sum = add(sum, load_n(d + j * dim, end - i));
-                store_n(row + i, add(load_n(row + i, end - i), sum), end - i);
+            for (int64_t i = 0; i < dim; i += 16) {
+                f32x16 sum = load_n(d + i, dim - i);
+                for (int64_t j = 1; j < m; ++j) sum = add(sum, load_n(d + j * dim + i, dim - i));
+                store_n(row + i, add(load_n(row + i, dim - i), sum), dim - i);
             }
         }
     };

@@ -13,6 +13,7 @@ from bittrue.errors import BittrueError
 VERBS = {
     "serve": ("bittrue.cli.serve:serve", "Serve a checkpoint over HTTP."),
     "verify": ("bittrue.cli.verify:verify", "Check the laws on a checkpoint and this machine."),
+    "train": ("bittrue.cli.train:train", "Train a model as a run file says, or go on with a run."),
     "convert": ("bittrue.cli.convert:convert", "Convert checkpoints, or make a small random one."),
     "ops check": ("bittrue.cli.ops:check", "Check every kernel against the reference."),
     "bench ops": ("bittrue.cli.bench:ops", "Time every op."),
@@ -23,6 +24,7 @@ VERBS = {
     "bench agent": ("bittrue.cli.bench_cache:agent", "Measure an agent's session with the prefix cache."),
     "bench speculation": ("bittrue.cli.bench_cache:speculation", "Measure what drafts gain."),
     "bench recovery": ("bittrue.cli.bench_cache:recovery", "Measure recovery from a killed engine."),
+    "bench tasks": ("bittrue.cli.bench_tasks:tasks", "Measure what share of answers is right."),
     "docs": ("bittrue.cli.docs:docs", "Write the pages of docs/ the program itself knows."),
 }
 _GROUP_HELP = {"ops": "Look at the arithmetic by itself.", "bench": "Measure speed."}

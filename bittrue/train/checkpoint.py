@@ -68,7 +68,9 @@ class Checkpoints:
             staging.mkdir()
             write_safetensors(staging / TENSORS_FILE, {n: t.detach() for n, t in tensors.items()})
             body = {"step": step, "sha256": _sha256(staging / TENSORS_FILE), **facts}
-            _write_text(staging / FACTS_FILE, json.dumps({"checksum": _checksum(body), **body}, indent=1))
+            _write_text(
+                staging / FACTS_FILE, json.dumps({"checksum": _checksum(body), **body}, indent=1) + "\n"
+            )
             _sync_directory(staging)
             self._put(staging, path)
         except OSError as error:
@@ -219,7 +221,7 @@ def _sha256(file: Path) -> str:
 
 def _write_text(file: Path, text: str) -> None:
     with file.open("w", encoding="utf-8") as stream:
-        stream.write(text + "\n")
+        stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
 

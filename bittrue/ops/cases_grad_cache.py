@@ -12,9 +12,10 @@ from bittrue.ops.contracts import CSA_RATIO, HCA_RATIO, Batch, LayerKind
 
 # Lengths of the documents of a step.
 SHORT = (70, 1, 64, 3, 0, 130)
-LONG = (600,)
+LONG = (330,)
+LONGEST = (1100,)  # groups of several blocks
 NONE = ()
-STEPS: dict[str, tuple[int, ...]] = {"short": SHORT, "long": LONG, "nothing": NONE}
+STEPS: dict[str, tuple[int, ...]] = {"short": SHORT, "long": LONG, "longest": LONGEST, "nothing": NONE}
 
 
 def cache_gradient_cases() -> list[GradCase]:
@@ -62,12 +63,12 @@ def attention_inputs(
 
 
 def _attends() -> Iterator[GradCase]:
-    # heads, c, window, k: k of 600 takes all visible entries, k of 6 few of many
-    settings = ((4, 64, 128, 600), (4, 64, 128, 6), (3, 32, 5, 20), (6, 40, 100, 9))
+    # heads, c, window, k: k of 300 takes all visible entries, k of 6 few of many
+    settings = ((4, 64, 128, 300), (4, 64, 128, 6), (3, 32, 5, 20), (6, 40, 100, 9))
     kinds: tuple[LayerKind, ...] = ("window", "hca", "csa")
     for name, lengths in STEPS.items():
         for kind in kinds:
-            for heads, c, window, k in settings:
+            for heads, c, window, k in ((1, 16, 30, 5),) if lengths is LONGEST else settings:
                 if kind != "csa" and k == 6:
                     continue  # as the one before it
 
@@ -100,9 +101,10 @@ def score_inputs(seed: int, lengths: Sequence[int], heads: int, c: int, k: int) 
 
 
 def _scores() -> Iterator[GradCase]:
+    settings = ((4, 32, 300), (4, 32, 6), (3, 40, 20), (9, 128, 30))  # heads, c, k
     for op in ("index_scores", "index_scores_backward"):
         for name, lengths in STEPS.items():
-            for heads, c, k in ((4, 32, 600), (4, 32, 6), (3, 40, 20), (9, 128, 30)):
+            for heads, c, k in ((1, 16, 5),) if lengths is LONGEST else settings:
 
                 def inputs(
                     seed: int,

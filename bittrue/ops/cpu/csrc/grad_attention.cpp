@@ -62,6 +62,7 @@ struct Block {
     void queries_of(const float* rows, int64_t slot0, bool of_entries) const;
     void rows_of(float* d, int64_t slot0, int64_t num, bool of_entries) const;
     void run();
+    void run_parts();
 
     BT int64_t columns() const { return count * heads; }
     BT const float* row(int64_t slot) const { return a.rows + (oldest + slot) * a.c; }
@@ -279,7 +280,6 @@ void Block::rows_of(float* d, int64_t slot0, int64_t num, bool of_entries) const
 }
 
 void Block::run() {
-    plan();
     Layout sizes;
     lay_out(sizes);
     Layout layout{block_scratch.get<char>(sizes.size)};
@@ -310,6 +310,22 @@ void Block::run() {
     }
 }
 
+// Of long lists in parts of fewer queries: the probabilities of a part should stay in the second-level cache.
+void Block::run_parts() {
+    constexpr int64_t MOST_PROBABILITIES = 64 * 1024, LEAST_QUERIES = 8;
+    plan();
+    int64_t each = BLOCK_QUERIES;
+    while (each > LEAST_QUERIES && each * smaller(a.heads, TILE_HEADS) * stride > MOST_PROBABILITIES) each /= 2;
+    for (int64_t i = 0; i < count; i += each) {
+        Block part = *this;
+        part.first = first + i, part.count = smaller(each, count - i);
+        part.lists = lists + i * a.k, part.places = places + i * a.k;
+        part.listed = listed + i, part.ends = ends + i, part.extents = extents + i;
+        part.plan();
+        part.run();
+    }
+}
+
 void run_group(const AttentionGrad& a, Group& group, float* partial_rows, float* partial_entries, float* d_sink) {
     const int64_t oldest = group.oldest(a.window), queries = group.rows.to - group.rows.from, listed = queries * a.k;
     Layout sizes;
@@ -337,7 +353,7 @@ void run_group(const AttentionGrad& a, Group& group, float* partial_rows, float*
     for_blocks([&](Block& block) { block.read_lists(&group.touched, &group.is_bad); });
     const int64_t num = group.entries.to - group.entries.from;
     if (a.entries != nullptr) std::memset(d_entries, 0, size_t((is_alone ? num : group.touched) * a.c) * 4);
-    for_blocks([](Block& block) { block.run(); });
+    for_blocks([](Block& block) { block.run_parts(); });
 }
 
 }  // namespace

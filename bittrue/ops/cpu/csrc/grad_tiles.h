@@ -167,9 +167,10 @@ inline int64_t make_groups(const int32_t* offsets, int64_t num_sequences, int64_
 // The entries of one query's list that are there, in its order, and the largest id + 1. An id of no entry of the document is left
 // out and told.
 inline int64_t read_ids(const int32_t* ids, int64_t k, int64_t num_entries, int32_t* found, int32_t* places, int64_t* end, int64_t* is_bad) {
-    int64_t n = 0;
+    int64_t n = 0, last = k;
     *end = 0;
-    for (int64_t i = 0; i < k; ++i) {
+    while (last >= 16 && greater_bits(load(ids + last - 16), set1(int32_t(-1))) == 0) last -= 16;  // lists end in many -1
+    for (int64_t i = 0; i < last; ++i) {
         if (ids[i] < 0) continue;
         if (ids[i] >= num_entries) {
             *is_bad = 1;

@@ -94,7 +94,7 @@ void Block::read_lists(int64_t* touched, int64_t* is_bad) {
 
 // Whether the entries are shared, and how many slots that takes.
 void Block::plan() {
-    constexpr int64_t GATHERING = 2;  // a row that is gathered costs as much as two that are shared
+    constexpr int64_t GATHERING = 3;  // two rows gathered cost as much as three that are shared
     oldest = larger(group.document.from, first - a.window + 1);
     window_slots = rounded_up(first + count - oldest, PANEL);
     pool = a.entries == nullptr ? nullptr : a.entries + group.entries.from * a.c;
@@ -103,7 +103,7 @@ void Block::plan() {
         end = larger(end, ends[i]);
         all += listed[i], shared += end, most = larger(most, listed[i]);
     }
-    is_dense = a.ids == nullptr || shared <= GATHERING * all;
+    is_dense = a.ids == nullptr || 2 * shared <= GATHERING * all;
     entry_slots = rounded_up(is_dense ? end : most, PANEL);
     end = 0;
     for (int64_t i = 0; i < count; ++i) {

@@ -152,14 +152,14 @@ struct Block {
 // first..first + count of the group's queries
 void run_block(const IndexGrad& a, const Group& group, int64_t first, int64_t count, const int32_t* lists, const int32_t* places,
                const int64_t* listed, const int64_t* ends, int64_t* extents, float* d_pool) {
-    constexpr int64_t GATHERING = 2;  // a row that is gathered costs as much as two that are shared
+    constexpr int64_t GATHERING = 3;  // two rows gathered cost as much as three that are shared
     int64_t all = 0, shared = 0, most = 0, end = 0;
     for (int64_t i = 0; i < count; ++i) {
         end = larger(end, ends[i]);
         extents[i] = end;
         all += listed[i], shared += end, most = larger(most, listed[i]);
     }
-    const bool is_dense = shared <= GATHERING * all;
+    const bool is_dense = 2 * shared <= GATHERING * all;
     const int64_t slots = rounded_up(is_dense ? end : most, PANEL), columns = count * smaller(a.heads, TILE_HEADS);
     float* memory = floats_scratch.get<float>(count * slots + columns * (PANEL + 16 + 2 * a.c) + 2 * slots * a.c);
     const auto take = [&](int64_t n) {

@@ -25,6 +25,7 @@ Benchmark = Literal[
     "agent",
     "speculation",
     "recovery",
+    "tasks",
 ]
 Unit = Literal["s", "tokens/s", "requests/s", "bytes", "bytes/s", "flop/s", "ratio", "count"]
 Label = str | int | float | bool

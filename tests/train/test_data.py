@@ -91,6 +91,16 @@ def test_no_document_is_longer_than_its_task_says(name: str) -> None:
     assert max(sizes) <= task.longest < 2.5 * max(sizes)
 
 
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, MERGED], ids=["bytes", "merged"])
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_a_prompt_is_what_the_codec_renders(name: str, tokenizer: Tokenizer) -> None:
+    renderer, codec = Renderer(tokenizer), Codec(tokenizer)
+    for problem in problems(name, 20):
+        prompt = codec.encode_chat(problem.messages()[:1], problem.options())
+        assert renderer.prompt(problem) == list(prompt.token_ids)
+        assert prompt.starts_in_reasoning == problem.thinking.is_enabled
+
+
 def test_thinking_is_a_target_with_its_end() -> None:
     problem = problems("add-think", 1)[0]
     document = Renderer(TOKENIZER).document(problem, "add-think")

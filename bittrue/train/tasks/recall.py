@@ -63,11 +63,13 @@ def shared_file(rng: random.Random, num_tokens: int, num_questions: int) -> list
     up to 7 fewer, whose long beginnings are equal. Keys differ as far as there are enough."""
     file, records = _file(rng, (num_tokens - _FIXED - _TURN) // RECORD)
     picked = rng.sample(records, min(num_questions, len(records)))
+    hashed = hashlib.blake2b(file.encode(), digest_size=16)
     problems = []
     for record in picked:
-        canonical = hashlib.blake2b((file + record).encode(), digest_size=16).hexdigest()
+        canonical = hashed.copy()
+        canonical.update(record.encode())
         question = TextQuestion(file + record[:4], record[5:7])
-        problems.append(Problem("recall", canonical, (question,)))
+        problems.append(Problem("recall", canonical.hexdigest(), (question,)))
     return problems
 
 

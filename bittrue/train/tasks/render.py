@@ -41,6 +41,12 @@ class Renderer:
             text = ""
         return answer_document(ids, self._tokenizer, task)
 
+    def prompt(self, problem: Problem) -> list[int]:
+        """The tokens after which the first answer is generated."""
+        opening = self._think if problem.thinking.is_enabled else self._think_end
+        asked = self._encoded(problem.questions[0].prompt)
+        return [*self._begin(problem), self._user, *asked, self._assistant, opening]
+
     def _begin(self, problem: Problem) -> list[int]:
         """What stands before the first user token."""
         key = (tuple(map(repr, problem.tools)), problem.thinking)

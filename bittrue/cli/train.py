@@ -5,6 +5,7 @@ import hashlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -23,10 +24,11 @@ from bittrue.train.config import TrainConfig, load_train_config
 from bittrue.train.metrics import METRICS_FILE, MetricsFile
 from bittrue.train.progress import TrainProgress
 from bittrue.train.report import write_report
-from bittrue.train.run import Parts, Run
+from bittrue.train.run import Parts, Progress, Run
 
 CONFIG_FILE = "run.json"
 _EXIT_STOPPED = 130
+_REPORT_S = 120.0  # between reports of a run that goes on
 
 
 def train(
@@ -75,9 +77,18 @@ def _train(
             write_file(out / name, content.decode())
         steps = config.run.steps
         progress = TrainProgress(log, step=run.step, steps=steps, every=config.run.log_every)
+        written_s = time.monotonic()
+
+        def tell(now: Progress) -> None:
+            nonlocal written_s
+            progress(now)
+            if time.monotonic() - written_s > _REPORT_S:
+                write_report(out, config, origin.raw, run.spikes, threads=threads)
+                written_s = time.monotonic()
+
         try:
             with progress:
-                is_finished = run.go(steps, metrics, should_stop=should_stop, tell=progress)
+                is_finished = run.go(steps, metrics, should_stop=should_stop, tell=tell)
         except TrainingFailed:
             write_report(out, config, origin.raw, run.spikes, threads=threads)
             raise

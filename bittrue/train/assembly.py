@@ -1,6 +1,5 @@
 """From a run file to what trains: config.json, first weights, tokenizer, documents and trainer."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,9 @@ from bittrue.config.model import ModelConfig
 from bittrue.errors import CheckpointError, ConfigError
 from bittrue.model.convert import open_source, with_precision
 from bittrue.model.inventory import DraftKind, TensorSpec, inventory
-from bittrue.model.presets import PRESETS, Precision, preset_config
+from bittrue.model.presets import PRESETS, Precision, checkpoint_files, preset_config
 from bittrue.model.quantize import dequantize
 from bittrue.ops.contracts import OpTable
-from bittrue.text.small_tokenizer import small_tokenizer_json, tokenizer_config_json
 from bittrue.text.tokenizer import Tokenizer
 from bittrue.train.checkpoint import FACTS_FILE, read_checkpoint
 from bittrue.train.config import DataSection, ModelSection, RunSection
@@ -98,12 +96,7 @@ def _random(section: ModelSection) -> Origin:
     draft: DraftKind = section.draft
     raw = preset_config(section.preset, section.precision or _NEW, draft=draft, **section.config)
     config = ModelConfig.from_dict(raw)
-    generation = {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id, "temperature": 1.0}
-    files = {
-        "tokenizer.json": small_tokenizer_json(config.vocab_size).encode(),
-        "tokenizer_config.json": tokenizer_config_json().encode(),
-        "generation_config.json": (json.dumps(generation, indent=2) + "\n").encode(),
-    }
+    files = checkpoint_files(config.vocab_size)
 
     def masters(config: ModelConfig) -> Masters:
         return Masters(config, initial_tensors(config, section.seed, draft=draft), draft=draft)
@@ -175,4 +168,6 @@ def _altered(section: ModelSection, raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tokenizer_files(directory: Path) -> dict[str, bytes]:
     found = {name: directory / name for name in TOKENIZER_FILES}
+    if not found["tokenizer.json"].is_file():
+        raise CheckpointError(f"{directory} has no tokenizer.json; copy it there", file=str(directory))
     return {name: path.read_bytes() for name, path in found.items() if path.is_file()}

@@ -256,10 +256,10 @@ def _as_config_error(error: ValidationError, source: str) -> ConfigError:
 
 def _nearest(place: str) -> str:
     known = _known_keys()
-    close = difflib.get_close_matches(place, known, n=1)
-    if not close:  # right key, wrong table
-        last = place.rpartition(".")[2]
-        close = [name for name in known if name.rpartition(".")[2] == last]
+    last = place.rpartition(".")[2]
+    # The right key in the wrong table; else one that is spelled almost so.
+    close = [name for name in known if name.rpartition(".")[2] == last]
+    close = close or difflib.get_close_matches(place, known, n=1)
     if close:
         return f"did you mean {close[0]}?"
     section = place.partition(".")[0]

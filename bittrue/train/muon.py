@@ -21,7 +21,7 @@ def newton_schulz(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     Products are computed in ``dtype``. A matrix of zeros stays zero.
     """
     assert x.dim() == 3 and x.shape[1] <= x.shape[2], "transpose first: the products are of R x R"
-    return torch.cat([_orthogonal(part, dtype) for part in x.split(_per_group(x))])
+    return torch.cat([_orthogonal(part, dtype) for part in torch.split(x, _per_group(x))])
 
 
 def _per_group(x: Tensor) -> int:
@@ -75,7 +75,7 @@ class Muon:
     def _move(self, names: list[str], lr: float) -> None:
         stacks = [self._nesterov(name) for name in names]
         wide = [stack.mT if stack.shape[1] > stack.shape[2] else stack for stack in stacks]
-        updates = newton_schulz(torch.cat(wide), self._dtype).split([len(stack) for stack in stacks])
+        updates = torch.split(newton_schulz(torch.cat(wide), self._dtype), [len(stack) for stack in stacks])
         for name, update in zip(names, updates, strict=True):
             p = self._parameters[name]
             rows, cols = p.shape[-2:]

@@ -132,6 +132,7 @@ def _grid(x: _Axis, y: _Axis) -> Iterator[str]:
         bottom = _HEIGHT - _BOTTOM
         yield f'<line x1="{at:.1f}" y1="{_TOP}" x2="{at:.1f}" y2="{bottom}" stroke="#e2e2e2"/>'
         yield _text(at, bottom + 15, short(value), anchor="middle")
+    yield _text(_WIDTH - _RIGHT, _HEIGHT - 5, "step", anchor="end")
 
 
 def _linear(low: float, high: float) -> _Axis:

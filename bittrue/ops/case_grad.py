@@ -1,7 +1,7 @@
 """What a case of a backward op is: seeded inputs, and the error allowed against the reference in float64."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,6 +55,9 @@ def _widened(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.double() if value.dtype == torch.float32 else value
     if isinstance(value, BankValues):
-        shared = None if value.shared is None else tuple(t.double() for t in value.shared)
-        return replace(value, w1=value.w1.double(), w3=value.w3.double(), w2=value.w2.double(), shared=shared)
+        w1, w3, w2 = value.w1.double(), value.w3.double(), value.w2.double()
+        if value.shared is None:
+            return BankValues(w1, w3, w2, None)
+        s1, s3, s2 = value.shared
+        return BankValues(w1, w3, w2, (s1.double(), s3.double(), s2.double()))
     return value

@@ -5,8 +5,8 @@ also takes float64 throughout). ``d_x`` is the gradient of the loss with respect
 op are passed straight through: the derivative is that of the smooth function, taken at the values given. A step holds whole
 documents: sequence s is rows ``offsets[s]:offsets[s+1]`` of the batch at positions 0, 1, .., and *entries* [N, c] are the
 compressed rows of all of them, sequence after sequence, ``length // ratio`` each. Ids are those of entries within their own
-sequence, -1 for none. Results never depend on the number of threads where the kernel is ours (sums over tokens run over blocks of
-fixed size, added in order); products of matrices are torch's, the same bits for the same number of threads. T = 0 is accepted.
+sequence, -1 for none. Results never depend on the number of threads: sums over tokens run over blocks of fixed size, added in
+order. T = 0 is accepted.
 """
 
 from collections.abc import Callable

@@ -16,10 +16,6 @@ from bittrue.model.deepseek_v4 import Block
 from bittrue.ops.contracts import CSA_RATIO, HCA_RATIO, Batch, CompressorWeights, LayerCache, OpTable, Weight
 from bittrue.ops.contracts import ExpertBank as Bank
 from bittrue.train.autograd import (
-    AttendRows,
-    AttentionCall,
-    Compress,
-    CompressCall,
     Embed,
     ExpertCall,
     Experts,
@@ -29,9 +25,6 @@ from bittrue.train.autograd import (
     HcPost,
     HcPre,
     HyperCall,
-    IndexCall,
-    IndexScores,
-    KvRows,
     Linears,
     Product,
     Quantize,
@@ -40,6 +33,16 @@ from bittrue.train.autograd import (
     Route,
     RouteCall,
     Step,
+)
+from bittrue.train.autograd_cache import (
+    AttendRows,
+    AttentionCall,
+    Compress,
+    CompressCall,
+    IndexCall,
+    IndexScores,
+    KvRows,
+    RowsCall,
 )
 from bittrue.train.masters import Masters
 
@@ -223,10 +226,9 @@ class DifferentiableOps:
     def kv_rows(
         self, kv: Tensor, norm: Tensor, cos: Tensor, sin: Tensor, eps: float, fmt: RowFormat
     ) -> Tensor:
-        made: list[Tensor] = []
-        master = self._masters.leaf(norm)
-        values = _apply(KvRows, kv, master, self._step, norm, (cos, sin), eps, fmt, made)
-        self._rows = (values, made[0])
+        call = RowsCall(norm, (cos, sin), eps, fmt, [])
+        values = _apply(KvRows, kv, self._masters.leaf(norm), self._step, call)
+        self._rows = (values, call.made[0])
         return values
 
     def store_window(self, rows: Tensor, batch: Batch, window: Tensor) -> None:

@@ -50,7 +50,7 @@ class _Recomputed(DeepseekV4):
     def block(self, streams: Tensor, batch: Batch, block: Block, cache: LayerCache, angles: Angles) -> Tensor:
         if not torch.is_grad_enabled():
             return super().block(streams, batch, block, cache, angles)
-        result: Tensor = checkpoint(  # type: ignore[no-untyped-call]
+        result: Tensor = checkpoint(
             super().block, streams, batch, block, cache, angles, use_reentrant=False
         )
         return result

@@ -1,7 +1,9 @@
 """A training run that takes seconds: the real trainer on three small layers, and what tests do with it."""
 
+import contextlib
 import io
-from collections.abc import Mapping, Sequence
+import resource
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,14 @@ def untimed_metrics(directory: Path) -> list[dict[str, Any]]:
         {key: value for key, value in row.items() if key != "seconds"}
         for row in read_metrics(directory / METRICS_FILE)
     ]
+
+
+@contextlib.contextmanager
+def no_room(num_bytes: int) -> Iterator[None]:
+    """Files cannot grow beyond ``num_bytes``, as on a disk that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

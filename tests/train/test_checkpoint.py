@@ -1,12 +1,10 @@
-import contextlib
 import json
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from support.small_run import no_room
 from torch import Tensor
 
 from bittrue.errors import CheckpointError, UsageError
@@ -39,17 +37,6 @@ def no_warning(fact: str) -> None:
 
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
-
-
-@contextlib.contextmanager
-def no_room(num_bytes: int) -> Iterator[None]:
-    """Files cannot grow beyond ``num_bytes``, as on a disk that is nearly full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.small_run import MODEL, SmallRun, Watched, final_bytes, settings, untimed_metrics
+from support.small_run import MODEL, SmallRun, Watched, final_bytes, no_room, settings, untimed_metrics
 from torch import Tensor
 
 from bittrue.config.model import ModelConfig
@@ -266,3 +266,24 @@ def test_stops_at_random_steps_change_no_bit(whole: SmallRun, tmp_path: Path) ->
             run = SmallRun(PLAIN, directory)
             done = run.go(stop_at=run.run.step + rng.randint(1, 2))
         assert_same(directory, whole)
+
+
+def test_a_full_disk_under_the_metrics_ends_the_run() -> None:
+    with MetricsFile(Path("/dev/full")) as metrics:
+        with pytest.raises(CheckpointError, match="cannot write /dev/full: No space left on device"):
+            metrics.append({"step": 0})
+
+
+def test_a_full_disk_under_a_checkpoint_ends_the_run_with_the_last_good_one(
+    whole: SmallRun, tmp_path: Path
+) -> None:
+    run = SmallRun(PLAIN, tmp_path)
+    run.go(stop_at=2)
+    with no_room(len(final_bytes(tmp_path, 2)) // 2), pytest.raises(CheckpointError) as caught:
+        run.go()
+    assert str(caught.value).startswith(f"cannot write the checkpoint {tmp_path / 'step-000004'}: ")
+    assert f"the last good checkpoint is {tmp_path / 'step-000002'}; make room" in str(caught.value)
+    resumed = SmallRun(PLAIN, tmp_path)
+    assert resumed.run.step == 2
+    resumed.go()
+    assert_same(tmp_path, whole)

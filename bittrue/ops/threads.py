@@ -16,5 +16,10 @@ def threads_of(ops: OpTable) -> int:
 def set_threads(ops: OpTable, threads: int) -> None:
     """Lets torch and, for a CPU table, its kernels use ``threads`` threads from now on."""
     torch.set_num_threads(threads)
+    set_kernel_threads(ops, threads)
+
+
+def set_kernel_threads(ops: OpTable, threads: int) -> None:
+    """The same for the kernels alone; a table without kernels has none to set."""
     if ops.name.startswith("cpu:"):
         load_kernels(ops.name.removeprefix("cpu:")).set_threads(threads)

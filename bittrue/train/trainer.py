@@ -1,6 +1,7 @@
 """Trainer: losses and gradients of packed documents, computed by the engine's own model and ops."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from bittrue.model.mtp import Mtp, MtpInput, once_each
 from bittrue.ops.contracts import Batch, LayerCache, OpTable
 from bittrue.ops.dispatch import select_gradients
 from bittrue.train.autograd import Step, TokenLogprob
+from bittrue.train.crew import Crew
 from bittrue.train.differentiable import DifferentiableOps
 from bittrue.train.document import Document
 from bittrue.train.loss import LossWeights, Targets, count, targets
@@ -50,10 +52,42 @@ class _Recomputed(DeepseekV4):
     def block(self, streams: Tensor, batch: Batch, block: Block, cache: LayerCache, angles: Angles) -> Tensor:
         if not torch.is_grad_enabled():
             return super().block(streams, batch, block, cache, angles)
-        result: Tensor = checkpoint(
-            super().block, streams, batch, block, cache, angles, use_reentrant=False
-        )
+        result: Tensor = checkpoint(super().block, streams, batch, block, cache, angles, use_reentrant=False)
         return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Totals:
+    """Numbers of a whole step, which every micro-batch's share is of."""
+
+    num_tokens: int
+    num_targets: int
+    num_ahead: int  # targets of the draft module
+    weights: LossWeights
+
+
+class _Memory:
+    """Caches for the passes under way; those of a pass that ended serve another."""
+
+    def __init__(self, layout: KVLayout) -> None:
+        self._layout = layout
+        self._free: list[tuple[int, int, list[LayerCache]]] = []  # slots, pages
+
+    @contextmanager
+    def of(self, documents: Sequence[Document]) -> Iterator[Sequence[LayerCache]]:
+        """Caches with room for these documents."""
+        slots, pages = len(documents), num_pages([len(d) for d in documents])
+        try:
+            room = self._free.pop()  # a list's pop is one operation: threads need no lock
+        except IndexError:
+            room = (0, 0, [])
+        if slots > room[0] or pages > room[1]:
+            size = (max(slots, room[0]), max(pages, room[1]))
+            room = (*size, allocate(self._layout, slots=size[0], pages=size[1]))
+        try:
+            yield room[2]
+        finally:
+            self._free.append(room)
 
 
 class Trainer:
@@ -83,11 +117,10 @@ class Trainer:
         config = masters.config
         self._model = kind(config, masters.parameters, ops, level=level, act=act)
         self._mtp = None if masters.mtp is None else Mtp(self._model, masters.mtp)
-        self._layout = KVLayout.of(
-            config, level=level, act=act, num_draft_layers=int(masters.mtp is not None)
+        self._memory = _Memory(
+            KVLayout.of(config, level=level, act=act, num_draft_layers=int(masters.mtp is not None))
         )
-        self._caches: list[LayerCache] = []
-        self._room = (0, 0)
+        self._crew = Crew(ops)
         self._bias_names = {id(bias): name for name, bias in masters.biases.items()}
 
     # ---- gradients ---------------------------------------------------------------------------------------
@@ -97,76 +130,84 @@ class Trainer:
     ) -> StepStats:
         """Adds the gradients of the step's loss to the masters' ``grad``. ``routes``: what ``routes`` gave
         for the same documents."""
-        stats = StepStats(num_tokens=sum(map(len, documents)), num_targets=count(documents, ahead=1))
-        num_mtp = count(documents, ahead=2)
+        totals = _Totals(
+            sum(map(len, documents)), count(documents, ahead=1), count(documents, ahead=2), weights
+        )
+        parts = []
         begin = 0
         for run in split([len(d) for d in documents], self._micro_tokens):
             part = documents[run.start : run.stop]
             size = sum(map(len, part))
             chosen = None if routes is None else self._keyed(routes, begin, begin + size)
+            parts.append((part, chosen))
             begin += size
-            step = Step(self.ops, self._grads, self._act)
-            step.index_scale = weights.index / max(stats.num_tokens, 1)
-            step.balance_scale = weights.balance / max(stats.num_tokens, 1)
-            loss = self._losses(part, step, weights, (stats.num_targets, num_mtp), stats, chosen)
-            if loss is not None:
-                loss.backward()  # type: ignore[no-untyped-call]
-            self._collect(step, stats)
-        self._mean(stats, num_mtp)
+        stats = StepStats(num_tokens=totals.num_tokens, num_targets=totals.num_targets)
+        for found, gradients in self._crew.map(lambda p: self._micro_batch(p[0], p[1], totals), parts):
+            _merge(stats, found)
+            for leaf, gradient in zip(self.masters.named.values(), gradients, strict=True):
+                if gradient is not None:
+                    leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+        self._mean(stats, totals.num_ahead)
         return stats
+
+    def _micro_batch(
+        self, documents: Sequence[Document], chosen: Mapping[int, Tensor] | None, totals: "_Totals"
+    ) -> tuple[StepStats, Sequence[Tensor | None]]:
+        """What a run of documents adds to the step: sums of its losses, and its gradients of all leaves."""
+        step = Step(self.ops, self._grads, self._act)
+        step.index_scale = totals.weights.index / totals.num_tokens
+        step.balance_scale = totals.weights.balance / totals.num_tokens
+        stats, leaves = StepStats(), list(self.masters.named.values())
+        with self._memory.of(documents) as caches:
+            loss = self._losses(documents, step, totals, stats, (caches, chosen))
+            gradients: Sequence[Tensor | None] = [None] * len(leaves)
+            if loss is not None:
+                gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+        stats.index, stats.balance = step.index_loss, step.balance_loss
+        stats.loads = {self._bias_names[key]: load for key, load in step.loads.items()}
+        return stats, gradients
 
     def _losses(
         self,
         documents: Sequence[Document],
         step: Step,
-        weights: LossWeights,
-        totals: tuple[int, int],
+        totals: "_Totals",
         stats: StepStats,
-        chosen: Mapping[int, Tensor] | None,
+        given: tuple[Sequence[LayerCache], Mapping[int, Tensor] | None],
     ) -> Tensor | None:
         """The scalar whose gradient is this micro-batch's share; None where nothing is a target."""
         main, ahead = targets(documents, ahead=1), targets(documents, ahead=2)
         if len(main.rows) == 0:
             return None
+        caches, chosen = given
         ops = DifferentiableOps(self.masters, step, is_dense=self.is_dense, routes=chosen)
         model = self._model.on(ops.table())
         batch = pack([d.token_ids for d in documents])
-        streams = self._forward(model, ops, batch)
+        streams = self._forward(model, ops, batch, caches)
         logprobs = _token_logprobs(model.logits(streams.index_select(0, main.rows)), main, step)
         _add_task_losses(stats, documents, main, logprobs)
-        stats.main -= float(logprobs.detach().sum())
-        loss = logprobs.sum() * (-1.0 / totals[0])
-        if self._mtp is None or not weights.mtp or len(ahead.rows) == 0:
+        stats.main = -float(logprobs.detach().sum())
+        loss = logprobs.sum() * (-1.0 / totals.num_targets)
+        if self._mtp is None or not totals.weights.mtp or len(ahead.rows) == 0:
             return loss
         mtp = self._mtp.on(ops.table())
-        given = MtpInput(shifted(batch), streams, once_each(batch.num_tokens, streams.shape[1]))
-        guessed = mtp.forward(given, self._caches[-1])
+        behind = MtpInput(shifted(batch), streams, once_each(batch.num_tokens, streams.shape[1]))
+        guessed = mtp.forward(behind, caches[-1])
         logprobs = _token_logprobs(mtp.logits(guessed.index_select(0, ahead.rows)), ahead, step)
-        stats.mtp -= float(logprobs.detach().sum())
-        return loss + logprobs.sum() * (-weights.mtp / totals[1])
+        stats.mtp = -float(logprobs.detach().sum())
+        return loss + logprobs.sum() * (-totals.weights.mtp / totals.num_ahead)
 
-    def _forward(self, model: DeepseekV4, ops: DifferentiableOps, batch: Batch) -> Tensor:
-        self._make_room(batch.num_sequences, int((batch.page_table >= 0).sum()))
+    def _forward(
+        self, model: DeepseekV4, ops: DifferentiableOps, batch: Batch, caches: Sequence[LayerCache]
+    ) -> Tensor:
         ops.begin(batch)
-        return model.forward(batch, self._caches[: self.masters.config.num_layers])
+        return model.forward(batch, caches[: self.masters.config.num_layers])
 
-    def _make_room(self, slots: int, pages: int) -> None:
-        if slots > self._room[0] or pages > self._room[1]:
-            self._room = (max(slots, self._room[0]), max(pages, self._room[1]))
-            self._caches = allocate(self._layout, slots=self._room[0], pages=self._room[1])
-
-    def _collect(self, step: Step, stats: StepStats) -> None:
-        stats.index += step.index_loss
-        stats.balance += step.balance_loss
-        for key, load in step.loads.items():
-            name = self._bias_names[key]
-            stats.loads[name] = stats.loads.get(name, 0) + load
-
-    def _mean(self, stats: StepStats, num_mtp: int) -> None:
+    def _mean(self, stats: StepStats, num_ahead: int) -> None:
         config = self.masters.config
         num_csa = sum(config.layer_kind(i) == "csa" for i in range(config.num_layers))
         stats.main /= max(stats.num_targets, 1)
-        stats.mtp /= max(num_mtp, 1)
+        stats.mtp /= max(num_ahead, 1)
         stats.index /= max(stats.num_tokens * num_csa, 1)
         stats.balance /= max(stats.num_tokens * len(self.masters.biases), 1)
 
@@ -183,10 +224,11 @@ class Trainer:
             ops = DifferentiableOps(self.masters, step, is_dense=self.is_dense)
             model = self._model.on(ops.table())
             batch = pack([d.token_ids for d in part])
-            streams = self._forward(model, ops, batch)
-            if self._mtp is not None:
-                given = MtpInput(shifted(batch), streams, once_each(batch.num_tokens, streams.shape[1]))
-                self._mtp.on(ops.table()).forward(given, self._caches[-1])
+            with self._memory.of(part) as caches:
+                streams = self._forward(model, ops, batch, caches)
+                if self._mtp is not None:
+                    given = MtpInput(shifted(batch), streams, once_each(batch.num_tokens, streams.shape[1]))
+                    self._mtp.on(ops.table()).forward(given, caches[-1])
             for key, ids in ops.chosen.items():
                 parts[self._bias_names[key]].append(ids.to(torch.int16))
         return {name: torch.cat(ids) for name, ids in parts.items() if ids}
@@ -210,14 +252,17 @@ class Trainer:
         """
         results: list[Tensor] = []
         for run in split([len(d) for d in documents], self._micro_tokens):
-            results += self._chunked(documents[run.start : run.stop], chunk)
+            part = documents[run.start : run.stop]
+            with self._memory.of(part) as caches:
+                results += self._chunked(part, chunk, caches)
         return results
 
-    def _chunked(self, documents: Sequence[Document], chunk: int | None) -> list[Tensor]:
+    def _chunked(
+        self, documents: Sequence[Document], chunk: int | None, caches: Sequence[LayerCache]
+    ) -> list[Tensor]:
         lengths = [len(d) for d in documents]
         size = chunk or max(lengths)
         found: list[list[Tensor]] = [[] for _ in documents]
-        self._make_room(len(documents), num_pages(lengths))
         for start in range(0, max(lengths), size):
             step = Step(self.ops, self._grads, self._act)
             ops = DifferentiableOps(self.masters, step)
@@ -225,7 +270,7 @@ class Trainer:
             begins = [min(start, length) for length in lengths]
             pieces = [d.token_ids[b : b + size] for d, b in zip(documents, begins, strict=True)]
             batch = pack(pieces, starts=begins, totals=lengths)
-            streams = self._forward(model, ops, batch)
+            streams = self._forward(model, ops, batch, caches)
             row = 0
             for i, (document, begin) in enumerate(zip(documents, begins, strict=True)):
                 following = document.token_ids[begin + 1 : begin + 1 + size]
@@ -248,6 +293,18 @@ class Trainer:
     ) -> Path:
         """Writes the published checkpoint: the very tensors this trainer's forward reads."""
         return save_checkpoint(directory, raw_config, self.masters.tensors(), files=files)
+
+
+def _merge(stats: StepStats, part: StepStats) -> None:
+    stats.main += part.main
+    stats.mtp += part.mtp
+    stats.index += part.index
+    stats.balance += part.balance
+    for name, load in part.loads.items():
+        stats.loads[name] = stats.loads.get(name, 0) + load
+    for task, (total, number) in part.task_loss.items():
+        before = stats.task_loss.get(task, (0.0, 0))
+        stats.task_loss[task] = (before[0] + total, before[1] + number)
 
 
 def _token_logprobs(logits: Tensor, found: Targets, step: Step) -> Tensor:

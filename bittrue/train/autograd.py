@@ -284,7 +284,7 @@ def _balance(logits: Tensor, ids: Tensor, offsets: Tensor) -> tuple[float, Tenso
         scores = torch.nn.functional.softplus(leaf).clamp(min=1e-30).sqrt()
         loss = (scores / scores.sum(-1, keepdim=True) * share[doc]).sum()
         (d_logits,) = torch.autograd.grad(loss, leaf)
-    return float(loss), d_logits
+    return float(loss.detach()), d_logits
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,13 @@
-"""Every backward op: the reference's against float64 finite differences, the CPU's against the reference."""
+"""Every backward op of the CPU: the reference in float64, the same bits at every width and thread count."""
 
 import pytest
-import torch
 
 from bittrue.ops.case_grad import GradCase
 from bittrue.ops.cases_grad import gradient_cases
+from bittrue.ops.check import check_gradient
 from bittrue.ops.cpu.grad_impls import cpu_gradients
 from bittrue.ops.cpu.library import available_isas, load_kernels
 from bittrue.ops.gradients import GradTable
-from bittrue.ops.numeric import first_difference
 from bittrue.ops.ref.grad_table import reference_gradients
 
 CASES = gradient_cases()
@@ -16,26 +15,14 @@ CASES = gradient_cases()
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.op} {c.name}")
 def test_cpu_derivative_is_the_reference_and_the_same_at_every_width_and_thread_count(case: GradCase) -> None:
-    call = case.make_inputs(0)
-    truth = case.reference(reference_gradients(), call)
-    allowed = case.allowed(truth)
-    isas = available_isas()
-    for isa in (isas[0], isas[-1]):
-        kernels = load_kernels(isa)
-        table = cpu_gradients(kernels)
-        before = kernels.threads
-        try:
-            kernels.set_threads(1)
-            alone = case.outputs(table, call)
-            kernels.set_threads(2)
-            shared = case.outputs(table, call)
-        finally:
-            kernels.set_threads(before)
-        for got, want, limit in zip(alone, truth, allowed, strict=True):
-            difference = first_difference(got.double(), want, limit)
-            assert difference is None, f"{isa}: {difference}"
-        for one, two in zip(alone, shared, strict=True):
-            assert torch.equal(one, two), f"{isa}: 2 threads give other bits than 1"
+    kernels = load_kernels()
+    tables = [cpu_gradients(load_kernels(isa)) for isa in available_isas()]
+    before = kernels.threads
+    try:
+        results = check_gradient(case, reference_gradients(), tables, kernels.set_threads)
+    finally:
+        kernels.set_threads(before)
+    assert [f"{r.impl}: {r.detail}" for r in results if not r.is_ok] == []
 
 
 def test_every_backward_op_has_a_case() -> None:

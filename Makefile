@@ -5,9 +5,8 @@
 
 PYTHON ?= python3
 PORT ?= 8000
-# A checkpoint directory in the published layout. The default is generated: random weights, so its answers are noise.
-GENERATED := models/generated/tiny
-MODEL ?= $(GENERATED)
+# A checkpoint directory in the published layout. The default is a small model trained here: models/mini/README.md.
+MODEL ?= models/mini
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # Threads that wait asleep: on a busy machine spinning costs more than it saves.
@@ -33,12 +32,7 @@ setup: .venv/.built ## create .venv, install the pinned dependencies, build the 
 
 kernels: .venv/.built ## build the CPU kernels again if their sources changed
 
-# Only its absence counts: rebuilt kernels do not make it stale.
-$(GENERATED): | .venv/.built
-	$(BIN)/bittrue convert $@ --random 0 --preset tiny --precision bf16
-
-serve: .venv/.built $(filter $(GENERATED),$(MODEL)) ## serve MODEL (default: a generated one whose answers are noise) on PORT (8000)
-	@test "$(MODEL)" != "$(GENERATED)" || echo "make: $(GENERATED) has random weights: its answers are noise; serve your own with MODEL=DIR" >&2
+serve: .venv/.built ## serve MODEL (default: the bundled models/mini) on PORT (8000)
 	$(BIN)/bittrue serve $(MODEL) --port $(PORT)
 
 test: .venv/.built ## tests that need no GPU and no network, under 5 minutes on 2 cores

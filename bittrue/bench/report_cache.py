@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from bittrue.bench.cells import head, row, shown, with_spread
+from bittrue.bench.report_train import task_speculation_tables
 from bittrue.bench.result import Label, Measurement, Result
 
 CACHE = """\
@@ -26,7 +27,9 @@ SPECULATION = """\
 Decode speed over that without drafts, in turn, and the share of drafts at each place that became output. A
 text that is *copied* repeats a passage of the prompt, *1 of 16 changed* with other tokens here and there: a
 grammar makes random weights say it. In a *random* text of 32 tokens, looking back nearly always finds
-something, and it is wrong; *of random weights* is what these say by themselves.
+something, and it is wrong; *of random weights* is what these say by themselves. Where *problems* are the
+text, a trained model answers held-out ones, one at a time: *up to 4* are as many drafts as pay, *4* as many
+in every step; *whole answers* has the prompts in it, too; the *acceptance length* is tokens a decode step.
 
 """
 RECOVERY = """\
@@ -121,6 +124,9 @@ def agent_tables(r: Result) -> Iterator[str]:
 
 
 def speculation_tables(r: Result) -> Iterator[str]:
+    if "tasks" in r.config:
+        yield from task_speculation_tables(r)
+        return
     places = sorted({int(m.labels["place"]) for m in _named(r, "acceptance")})
     model = f"{r.config['model']}: text"
     yield head(model, "batch", "by", "drafts", "over off", "tokens/s", *(f"place {p}" for p in places))

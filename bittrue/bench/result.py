@@ -26,6 +26,7 @@ Benchmark = Literal[
     "speculation",
     "recovery",
     "tasks",
+    "training",
 ]
 Unit = Literal["s", "tokens/s", "requests/s", "bytes", "bytes/s", "flop/s", "ratio", "count"]
 Label = str | int | float | bool

@@ -128,7 +128,7 @@ class Speculation:
             for way, knobs in self._ways().items():
                 engine = engines[way] = stack.enter_context(self._engine(**knobs))
                 if isinstance(way[1], int):
-                    _fix_length(engine, way[1])
+                    fix_length(engine, way[1])
             one, eight = (
                 Texts(self.model, batch, self.prompt_tokens, self.output_tokens, self.seed)
                 for batch in (1, 8)
@@ -189,21 +189,30 @@ class Speculation:
             if way != OFF:
                 shares = [on / off for on, off in zip(values, speeds[OFF], strict=True)]
                 yield measured("decode over off", "ratio", shares, labels)
-                yield from _acceptance(before[way], engines[way].stats().drafts, labels)
+                yield from acceptance(since(before[way], engines[way].stats().drafts), labels)
 
 
-def _acceptance(
-    before: DraftCounters, after: DraftCounters, labels: Mapping[str, Label]
-) -> Iterator[Measurement]:
+def since(before: DraftCounters, after: DraftCounters) -> DraftCounters:
+    """What was counted between two moments of one engine."""
+
+    def between(earlier: tuple[int, ...], later: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(earlier, later, strict=True))
+
+    return DraftCounters(
+        drafted_at=between(before.drafted_at, after.drafted_at),
+        accepted_at=between(before.accepted_at, after.accepted_at),
+    )
+
+
+def acceptance(drafts: DraftCounters, labels: Mapping[str, Label]) -> Iterator[Measurement]:
     """By place in a step's drafts: how many there were, and which share of them became output."""
-    for place, (drafted, accepted) in enumerate(zip(after.drafted_at, after.accepted_at, strict=True)):
-        drafted -= before.drafted_at[place]
-        accepted -= before.accepted_at[place]
+    for place, (drafted, accepted) in enumerate(zip(drafts.drafted_at, drafts.accepted_at, strict=True), 1):
         if drafted:
-            each: dict[str, Label] = {**labels, "place": place + 1, "drafted": drafted}
+            each: dict[str, Label] = {**labels, "place": place, "drafted": drafted}
             yield measured("acceptance", "ratio", [accepted / drafted], each)
 
 
-def _fix_length(engine: Engine, length: int) -> None:
+def fix_length(engine: Engine, length: int) -> None:
+    """Has the engine draft as many tokens always."""
     # Not a knob: a length that does not adapt is of use to a measurement alone.
     engine._drafting._control = FixedLength(length)

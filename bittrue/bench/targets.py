@@ -3,12 +3,27 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from bittrue.bench.result import Measurement, Result, Unit
+from bittrue.bench.result import Label, Measurement, Result, Unit
+from bittrue.bench.speculation_tasks import MIX
 
 Results = Mapping[str, Result]  # by file name
 
 _FLASH_INDEX = {"index_heads": 64, "index_topk": 512}  # the index of DeepSeek-V4-Flash
 _LONG = 917504  # "900K"
+_MIN_TRAINING = 3.0  # over transformers
+_TRAINING_LENGTHS = (64, 256, 1024)
+# Of held-out answers: task with what finds the measurement, measure, least and most.
+_TASK_SHARES: tuple[tuple[str, dict[str, Label], str, float, float], ...] = (
+    ("sort", {}, "right answers", 0.95, 1.0),
+    ("reverse", {}, "right answers", 0.95, 1.0),
+    ("add", {}, "right answers", 0.95, 1.0),
+    ("brackets", {}, "right answers", 0.90, 1.0),
+    ("recall", {"tokens": 4096}, "right answers", 0.95, 1.0),
+    ("recall", {"tokens": 32768}, "right answers", 0.95, 1.0),
+    ("calc", {}, "well-formed calls", 0.95, 1.0),
+    ("calc", {}, "right answers", 0.95, 1.0),
+    ("countdown", {"temperature": 1.0}, "right answers", 0.10, 0.50),
+)
 _PEER_RATIOS = (
     ("decode", 1, 256, 2.0),
     ("decode", 1, 4096, 2.0),
@@ -47,6 +62,8 @@ def targets(results: Results) -> list[Target]:
         *_of(results, "cache", _cache),
         *_of(results, "agent", _agent),
         *_of(results, "speculation", _speculation),
+        *_of(results, "tasks", _tasks),
+        *_of(results, "training", _training),
     ]
 
 
@@ -142,3 +159,30 @@ def _speculation(result: Result | None) -> Iterator[Target]:
             seen = result.find("decode over off", **found) if result else None
             measure = f"decode with drafts of {by} that are wrong, batch {batch}, over off{model}"
             yield Target(measure, "ratio", 0.97, True, seen)
+    seen = result.find("decode over off", text=MIX, by="mtp", drafts="up to 4", batch=1) if result else None
+    yield Target(
+        f"decode with drafts of mtp on the tasks, batch 1, over off{model}", "ratio", 1.0, True, seen
+    )
+
+
+def _tasks(result: Result | None) -> Iterator[Target]:
+    """Shares of held-out problems; where a most is given, room is left above it on purpose."""
+    is_test = result is not None and result.config["split"] == "test"
+    model = f" ({result.config['model']})" if result else ""
+    for task, labels, name, least, most in _TASK_SHARES:
+        found: dict[str, Label] = {"temperature": 0.0, **labels, "task": task}
+        seen = result.find(name, **found) if result and is_test else None
+        where = f" at {labels['tokens']:,} tokens" if "tokens" in labels else ""
+        drawn = ", drawn" if found["temperature"] else ""
+        yield Target(f"{task}{where}, {name}{drawn}{model}", "ratio", least, True, seen)
+        if most < 1:
+            yield Target(f"{task}{where}, {name}{drawn}, headroom{model}", "ratio", most, False, seen)
+
+
+def _training(result: Result | None) -> Iterator[Target]:
+    preset = f" ({result.config['preset']})" if result else ""
+    for length in _TRAINING_LENGTHS:
+        found: dict[str, Label] = {"by": "bittrue, published", "over": "fastest", "length": length}
+        seen = result.find("training over transformers", **found) if result else None
+        measure = f"training, documents of {length:,} tokens, over the fastest of transformers{preset}"
+        yield Target(measure, "ratio", _MIN_TRAINING, True, seen)

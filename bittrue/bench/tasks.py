@@ -168,6 +168,11 @@ def read_file(engine: Engine, voice: Voice, problems: Sequence[Problem]) -> None
     engine.generate([first[:shared]], SamplingParams(temperature=0.0, max_tokens=1))
 
 
+def answer_limit(problem: Problem) -> int:
+    """Tokens an answer may have: more than any that a checker takes."""
+    return _MAX_LONG_ANSWER if problem.tools or problem.thinking.is_enabled else _MAX_ANSWER
+
+
 def held_out(task: Task, count: int, *, split: Split, seed: int) -> list[Problem]:
     """``count`` different problems of a split, or all there are where a task has fewer (as far as drawing
     finds them)."""
@@ -249,8 +254,7 @@ class TaskBench:
     def _dialogues(self, problems: Sequence[Problem], temperature: float) -> list[Dialogue]:
         """Every problem as often as it is asked, all its samples in turn."""
         repeats = self.samples if temperature > 0 else 1
-        is_long = bool(problems[0].tools) or problems[0].thinking.is_enabled
-        most = _MAX_LONG_ANSWER if is_long else _MAX_ANSWER
+        most = answer_limit(problems[0])
         voice, first_seed = Voice(self.model.loaded.tokenizer), self.seed * 2**32
         return [
             Dialogue(

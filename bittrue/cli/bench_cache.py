@@ -18,6 +18,7 @@ from bittrue.bench.engines import Model
 from bittrue.bench.recovery import Recovery
 from bittrue.bench.result import Benchmark, Label, Measurement
 from bittrue.bench.speculation import Speculation
+from bittrue.bench.speculation_tasks import TaskSpeculation
 from bittrue.cli.bench import Json, Seed, Threads, plain_table, show
 from bittrue.config.run import RunConfig
 from bittrue.engine.assembly import numerics
@@ -88,6 +89,9 @@ def speculation(
     *,
     prompt_tokens: int = 512,
     output_tokens: int = 256,
+    tasks: Annotated[
+        int, Parameter(help="In place of those texts: so many held-out problems of every task, batch 1.")
+    ] = 0,
     rounds: Rounds = 5,
     threads: Threads = 0,
     seed: Seed = 0,
@@ -101,17 +105,14 @@ def speculation(
     story = Console(stderr=True)
     with story.status("starting") as status:
         loaded = Model.of(model)
-        bench = Speculation(
-            model=loaded,
-            tell=status.update,
-            prompt_tokens=prompt_tokens,
-            output_tokens=output_tokens,
-            rounds=rounds,
-            threads=threads,
-            seed=seed,
-        )
+        given: dict[str, Any] = {"model": loaded, "tell": status.update, "threads": threads, "seed": seed}
+        sizes: dict[str, Any] = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+        if tasks:
+            bench: Speculation | TaskSpeculation = TaskSpeculation(count=tasks, rounds=rounds, **given)
+        else:
+            bench = Speculation(rounds=rounds, **sizes, **given)
         found = list(bench.run())
-    config: dict[str, Label] = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+    config: dict[str, Label] = {"tasks": tasks, "rounds": rounds} if tasks else {**sizes}
     _show(story, "speculation", loaded, {**config, "threads": threads, "seed": seed}, found, json)
     return 0
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bittrue.bench.engines import Model, at_least
+from bittrue.bench.report_train import share_cells
 from bittrue.bench.result import Label, Measurement
 from bittrue.bench.tasks import TaskBench
 from bittrue.cli.bench import Json, Threads, show
@@ -87,15 +88,5 @@ def task_table(found: Sequence[Measurement]) -> Table:
     """One line per share: of what, how many, how many of them, the share and its interval."""
     table = Table("task", "measure", "n", "right", "share", "95 % interval")
     for m in found:
-        if m.name == "accepted drafts":
-            what = str(m.labels["text"])
-            measure, right = f"accepted drafts at {m.labels['place']}", round(m.median * m.repeats)
-        else:
-            what = str(m.labels["task"])
-            what += f" at {m.labels['tokens']:,} tokens" if "tokens" in m.labels else ""
-            drawn = "greedy" if m.labels["temperature"] == 0 else f"temperature {m.labels['temperature']:g}"
-            measure, right = f"{m.name}, {drawn}", int(m.labels["right"])
-        table.add_row(
-            what, measure, str(m.repeats), str(right), f"{m.median:.1%}", f"{m.low:.1%} - {m.high:.1%}"
-        )
+        table.add_row(*share_cells(m))
     return table

@@ -1,6 +1,7 @@
 """The page says what the stored results say: targets, tables, sources; and the picture shows every line."""
 
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,24 @@ def stored(benchmark: Benchmark, found: list[Measurement], **config: Label) -> R
     return Result(
         benchmark, "CPU", 2, "abc", "2026-01-02T03:04:05+00:00", f"make {benchmark}", config, tuple(found)
     )
+
+
+def drafted(labels: dict[str, Label]) -> Iterator[Measurement]:
+    """What one way to draft gives on one text."""
+    yield measured("decode", "tokens/s", [250.0], labels)
+    if labels["by"] != "none":
+        yield measured("decode over off", "ratio", [1.25], labels)
+        yield measured("whole answers over off", "ratio", [1.1], labels)
+        yield measured("acceptance length", "ratio", [1.75], labels)
+        yield measured("acceptance", "ratio", [0.5], {**labels, "place": 1, "drafted": 2000})
+
+
+def trained(labels: dict[str, Label], speed: float, ratio: float | None) -> Iterator[Measurement]:
+    if ratio is None:
+        yield measured("training", "tokens/s", [speed], {**labels, "experts": "eager", "pass": 1024})
+    else:
+        yield measured("training", "tokens/s", [speed], labels)
+        yield measured("training over transformers", "ratio", [ratio], {**labels, "over": "fastest"})
 
 
 @pytest.fixture
@@ -99,6 +118,25 @@ def results(tmp_path: Path) -> dict[str, Result]:
         measured("kill to engine ready", "s", [1.0], many),
         measured("kill to next token", "s", [2.0, 3.0, 4.0], many),
     ]
+    drawn = {"task": "countdown", "temperature": 1.0, "right": 60}
+    tasks = [
+        Measurement("right answers", "ratio", 0.96, 0.94, 0.97, 1000, {
+            "task": "recall", "temperature": 0.0, "tokens": 4096, "right": 960}),
+        Measurement("right answers", "ratio", 0.6, 0.5, 0.69, 100, drawn),
+        Measurement("accepted drafts", "ratio", 0.75, 0.7, 0.8, 400, {"text": "short tasks", "place": 2}),
+    ]  # fmt: skip
+    on_tasks = [
+        m
+        for text in ("tasks", "sort")
+        for way in ({"by": "none", "drafts": "off"}, {"by": "mtp", "drafts": "up to 4"},
+                    {"by": "mtp", "drafts": "4"})
+        for m in drafted({"text": text, "batch": 1, **way})
+    ]  # fmt: skip
+    training = [
+        m
+        for by, speed, ratio in (("transformers, fastest", 100.0, None), ("bittrue, published", 350.0, 3.5))
+        for m in trained({"by": by, "length": 64}, speed, ratio)
+    ]
     flash = {"index_heads": 64, "index_topk": 512}
     for name, result in {
         "frontier.json": stored("frontier", frontier, model="flash4", threads=2, **flash),
@@ -109,6 +147,9 @@ def results(tmp_path: Path) -> dict[str, Result]:
         "agent.json": stored("agent", agent, model="t256", threads=2),
         "speculation.json": stored("speculation", speculation, model="t256", threads=2),
         "recovery.json": stored("recovery", recovery, model="t256", threads=2),
+        "speculation-mini.json": stored("speculation", on_tasks, model="mini", tasks=10, threads=2),
+        "tasks-mini.json": stored("tasks", tasks, model="mini", split="test", threads=2),
+        "training-mini.json": stored("training", training, preset="mini", tokens=4096, threads=2),
     }.items():
         write_result(tmp_path / name, result)
     return read_results(tmp_path)
@@ -137,11 +178,18 @@ def test_targets_are_judged_by_the_stored_medians(results: dict[str, Result]) ->
     assert found["decode step, batch 8, cache on over off (t256)"] is False
     assert found["token hit rate of an agent's session (t256)"] is True
     assert found["decode with drafts of ngram that are wrong, batch 1, over off (t256)"] is True
+    assert found["decode with drafts of mtp on the tasks, batch 1, over off (mini)"] is True
+    assert found["recall at 4,096 tokens, right answers (mini)"] is True
+    assert found["recall at 32,768 tokens, right answers"] is None
+    assert found["countdown, right answers, drawn (mini)"] is True
+    assert found["countdown, right answers, drawn, headroom (mini)"] is False  # 0.6, at most 0.5
+    assert found["training, documents of 64 tokens, over the fastest of transformers (mini)"] is True
+    assert found["training, documents of 256 tokens, over the fastest of transformers"] is None
 
 
 def test_every_target_is_listed_when_nothing_is_stored() -> None:
     found = verdicts({})
-    assert len(found) == 6 + 2 + 3 + 6 + 2 + 8 + 1 + 4
+    assert len(found) == 6 + 2 + 3 + 6 + 2 + 8 + 1 + 5 + 10 + 3
     assert set(found.values()) == {None}
     assert "not measured" in page({})
 
@@ -184,6 +232,13 @@ def test_the_page_holds_every_number_with_its_source(results: dict[str, Result])
     assert ["cache", "96.1%", "98.0%"] in rows
     assert ["random, of 32 tokens", "1", "ngram", "adaptive", "0.99", "100", "25% of 1,000"] in rows
     assert ["32", "yes", "1.00 s", "3.00 s (2.00 s to 4.00 s)", ""] in rows
+    assert ["recall at 4,096 tokens", "right answers, greedy", "1,000", "960", "96.0%",
+            "94.0% - 97.0%"] in rows  # fmt: skip
+    assert ["short tasks", "accepted drafts at 2", "400", "300", "75.0%", "70.0% - 80.0%"] in rows
+    assert ["mtp", "up to 4", "1.25", "250", "1.10", "1.75", "50% of 2,000"] in rows
+    assert ["sort", "1.25", "1.25", "1.75", "50% of 2,000", "", "", ""] in rows
+    assert ["transformers, fastest", "100 (eager, 1,024 tokens a pass)"] in rows
+    assert ["**bittrue, published, over transformers, fastest**", "3.50"] in rows
     sources = [row for row in rows if row[1:2] == ["`make peers`"]]
     assert sources == [["`peers-t256.json`", "`make peers`", "`abc`", "2026-01-02", "CPU, 2 cores",
                         "preset t256, threads 2"]]  # fmt: skip

@@ -8,7 +8,14 @@ from bittrue.bench.engines import Model, ask
 from bittrue.bench.recovery import Recovery
 from bittrue.bench.result import Measurement
 from bittrue.bench.speculation import HOPELESS_IDS, LENGTHS, OFF, FixedLength, Speculation, Texts
+from bittrue.bench.speculation_tasks import MIX, TaskSpeculation, Turn, take_turn
+from bittrue.bench.tasks import Voice, held_out
+from bittrue.cli.main import run
+from bittrue.engine.engine import Engine
+from bittrue.engine.types import SamplingParams
+from bittrue.errors import KVCorrupted
 from bittrue.model.presets import make_checkpoint
+from bittrue.train.tasks.catalogue import all_tasks
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,71 @@ def test_acceptance_is_told_by_place(found: list[Measurement]) -> None:
     assert [m.labels["place"] for m in fixed] == [1, 2, 3, 4]
     assert [m.median for m in fixed] == sorted((m.median for m in fixed), reverse=True)
     assert fixed[0].median > 0.5
+
+
+# ---- on tasks ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """With the tokenizer of the trained model."""
+    place = tmp_path_factory.mktemp("speculation") / "small"
+    return Model.of(make_checkpoint("tiny", 0, "bf16", place, vocab_size=322, draft="mtp"))
+
+
+@pytest.fixture(scope="module")
+def on_tasks(small: Model) -> list[Measurement]:
+    return list(TaskSpeculation(small, quiet, tasks=("sort", "add"), count=1, rounds=2, threads=1).run())
+
+
+def test_every_way_answers_the_tasks(on_tasks: list[Measurement]) -> None:
+    ratios = [m for m in on_tasks if m.name == "decode over off"]
+    lengths = [drafts for k in (1, 2, 3, 4) for drafts in (f"up to {k}", str(k))]
+    ways = [("ngram", "up to 4"), *(("mtp", drafts) for drafts in lengths)]
+    for text in (MIX, "sort", "add"):
+        assert [(m.labels["by"], m.labels["drafts"]) for m in ratios if m.has(text=text)] == ways
+    assert all(m.repeats == 2 and m.median > 0 for m in ratios)
+
+
+def test_drafts_of_the_mix_are_those_of_its_tasks(on_tasks: list[Measurement]) -> None:
+    fixed = [m for m in on_tasks if m.name == "acceptance" and m.has(by="mtp", drafts="2", place=1)]
+    mix, *parts = (m.labels["drafted"] for m in fixed)
+    assert [m.labels["text"] for m in fixed] == [MIX, "sort", "add"]
+    assert mix == sum(map(int, parts)) > 100
+    assert next(m for m in on_tasks if m.name == "acceptance length" and m.has(drafts="2")).median >= 1
+
+
+def test_a_turn_counts_what_was_said(small: Model) -> None:
+    problems = held_out(all_tasks()["sort"], 2, split="test", seed=0)
+    voice = Voice(small.loaded.tokenizer)
+    with small.engine(max_context=512, max_running=1, threads=1, prefix_cache=False) as engine:
+        turn = take_turn(engine, problems, voice)
+        prompts = [voice.renderer.prompt(problem) for problem in problems]
+        assert turn.said == [
+            event
+            for prompt in prompts
+            for event in engine.generate([prompt], SamplingParams(temperature=0.0, max_tokens=80))[0]
+        ]
+    assert turn.tokens == turn.steps == len(turn.said) - len(problems)
+    assert 0 < turn.decode_s < turn.whole_s and turn.drafts.drafted_at == ()
+
+
+def test_a_changed_answer_is_no_speed(small: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Engine] = []
+
+    def other(engine: Engine, problems: object, voice: object) -> Turn:
+        calls.append(engine)
+        return Turn(tokens=1, steps=1, decode_s=1.0, whole_s=1.0, said=[len(calls)])
+
+    monkeypatch.setattr("bittrue.bench.speculation_tasks.take_turn", other)
+    bench = TaskSpeculation(small, quiet, tasks=("sort",), count=1, rounds=1, threads=1)
+    with pytest.raises(KVCorrupted, match="changed answers to sort"):
+        list(bench.run())
+
+
+def test_tasks_are_counted(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["bench", "speculation", str(model.directory), "--tasks", "-1"]) == 2
+    assert "--tasks is -1; it must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -86,6 +86,7 @@ class Drafting:
                 computed_to=min(each.sequence.num_computed, len(each.sequence.tokens) - 1),
                 first_row=each.first_row,
                 wants=wants.get(each.sequence.seq_id, 0),
+                is_greedy=_is_greedy(each.output),
             )
             for each in live
         ]
@@ -122,3 +123,8 @@ class Drafting:
             forbidden=output.forbidden(),
             allowed=output.allowed() if not drafts else None,
         )
+
+
+def _is_greedy(output: Output) -> bool:
+    params = output.request.params
+    return params.temperature == 0 and not params.logit_bias and output.is_memoryless

@@ -1,6 +1,7 @@
 """Drafts by the checkpoint's own draft module, which feeds on the streams of the last block."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ class MtpProposer:
     in the ring is written again, from the true streams and tokens, when the step has computed them.
 
     Rows are independent of each other but for the ring, so every row is a segment of one token: any number of
-    them, of any sequences, is one call. Calls of up to GRAPH_ROWS rows are captured once and replayed.
+    them, of any sequences, is one call. Calls of up to GRAPH_ROWS rows are captured once and replayed. A
+    greedy sequence alone is drafted for in a single replay: rows to store, forwards and arg-maxes in turn.
     """
 
     def __init__(self, mtp: Mtp, cache: LayerCache) -> None:
@@ -42,6 +44,7 @@ class MtpProposer:
         self._rows = _Rows(mtp, GRAPH_ROWS)
         self._forwards: dict[int, Captured] = {}
         self._stores: dict[int, Captured] = {}
+        self._chains: dict[tuple[int, int], Captured] = {}  # rows stored, drafts
 
     @property
     def is_lazy(self) -> bool:
@@ -51,6 +54,8 @@ class MtpProposer:
     def after_step(
         self, streams: Tensor, views: Sequence[DraftView], choose: Choose
     ) -> list[tuple[int, ...]]:
+        if len(views) == 1 and self._can_chain(views[0]):
+            return [self._chain(streams, views[0])]
         stored: list[Row] = []
         heads: list[Row] = []
         from_stored: list[int] = []  # rows of streams
@@ -131,10 +136,55 @@ class MtpProposer:
             return
         # Few captures serve all counts: what is missing to the next power of two is the first row again, the
         # same bytes in the same place.
-        padded = min(GRAPH_ROWS, 1 << (count - 1).bit_length())
+        padded = _padded(count)
         self._rows.write([*rows, *(rows[0] for _ in range(count, padded))], streams)
         self._rows.streams[count:padded] = streams[0]
         self._replay(self._stores, padded, call)
+
+    def _can_chain(self, view: DraftView) -> bool:
+        num_stored = min(view.computed_to - view.computed_from, self._window) - 1
+        return (
+            view.is_greedy
+            and view.wants > 0
+            and num_stored >= 0
+            and self._is_captured(_padded(num_stored) + view.wants)
+        )
+
+    def _chain(self, streams: Tensor, view: DraftView) -> tuple[int, ...]:
+        """Stores the rows of one sequence and drafts behind the last, each draft made from the one before."""
+        last, wants = view.computed_to - 1, view.wants
+        first = max(view.computed_from, view.computed_to - self._window)
+        num_stored = last - first
+        count = _padded(num_stored)
+        # Rows to store, the first of them again up to the count, then a row for each draft.
+        positions = [*range(first, last), *(first,) * (count - num_stored), *range(last, last + wants)]
+        next_ids = [view.tokens[position + 1] for position in positions[:count]]
+        self._rows.write_one(view.slot, positions, [*next_ids, view.tokens[last + 1]])
+        given, row = self._rows.streams, view.first_row + first - view.computed_from
+        given[:num_stored] = streams[row : row + num_stored]
+        given[num_stored:count] = streams[row]
+        given[count] = streams[row + num_stored]
+        captured = self._chains.get((count, wants))
+        if captured is None:
+            capture = self._mtp.model.ops.capture
+            assert capture is not None
+            captured = self._chains[count, wants] = capture(
+                lambda ops: self._store_and_draft(self._mtp.on(ops), count, wants)
+            )
+        return tuple(int(token) for token in captured.replay())
+
+    def _store_and_draft(self, mtp: Mtp, count: int, num_drafts: int) -> list[Tensor]:
+        """Stores ``count`` rows written, and makes the drafts from the row behind them on: [1] i64 each."""
+        if count:
+            mtp.store_rows(self._rows.given(count), self._cache)
+        given, drafts = self._rows.given(1, first=count), []
+        for place in range(1, num_drafts + 1):
+            own = mtp.forward(given, self._cache)
+            drafts.append(mtp.model.ops.argmax(mtp.logits(own)))
+            if place < num_drafts:
+                behind = self._rows.given(1, first=count + place)
+                given = MtpInput(replace(behind.batch, token_ids=drafts[-1]), own, behind.once)
+        return drafts
 
     def _is_captured(self, count: int) -> bool:
         return self._mtp.model.ops.capture is not None and count <= GRAPH_ROWS
@@ -156,8 +206,13 @@ class MtpProposer:
         return captured.replay()
 
 
+def _padded(count: int) -> int:
+    """The power of two that a call for ``count`` rows is captured for; 0 for none."""
+    return min(GRAPH_ROWS, 1 << (count - 1).bit_length()) if count else 0
+
+
 class _Rows:
-    """The inputs of a call at fixed addresses: ``given`` of any count reads the first rows."""
+    """The inputs of a call at fixed addresses: ``given`` of any count reads the rows from ``first`` on."""
 
     def __init__(self, mtp: Mtp, capacity: int) -> None:
         config = mtp.model.config
@@ -178,18 +233,26 @@ class _Rows:
         self._next_ids.numpy()[:count] = next_ids
         self.streams[: len(streams)] = streams
 
-    def given(self, count: int) -> MtpInput:
-        positions = self._positions[:count]
+    def write_one(self, slot: int, positions: Sequence[int], next_ids: Sequence[int]) -> None:
+        """Rows of one sequence; ``next_ids`` of the first of them. The caller writes their streams."""
+        count = len(positions)
+        self._slots.numpy()[:count] = slot
+        self._positions.numpy()[:count] = positions
+        self._next_ids.numpy()[: len(next_ids)] = next_ids
+
+    def given(self, count: int, *, first: int = 0) -> MtpInput:
+        rows = slice(first, first + count)
+        positions = self._positions[rows]
         batch = Batch(
-            token_ids=self._next_ids[:count],
+            token_ids=self._next_ids[rows],
             positions=positions,
             seq_ids=self._order[:count],
             offsets=self._order[: count + 1],
             starts=positions,
             folds=positions,
-            slots=self._slots[:count],
+            slots=self._slots[rows],
             kept=positions,
-            page_table=self._no_pages[:count],
+            page_table=self._no_pages[rows],
         )
         ones, identity = self._once
-        return MtpInput(batch, self.streams[:count], (ones[:count], identity[:count]))
+        return MtpInput(batch, self.streams[rows], (ones[rows], identity[rows]))

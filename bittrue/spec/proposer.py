@@ -30,6 +30,7 @@ class DraftView:
     computed_to: int
     first_row: int
     wants: int  # drafts, at most
+    is_greedy: bool = False  # the target takes the arg-max of the logits of every place, whatever came before
 
 
 class Proposer(Protocol):

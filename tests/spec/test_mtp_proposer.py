@@ -63,6 +63,7 @@ class Machine:
     pool: KVPool
     proposer: MtpProposer
     seen: list[tuple[int, int, Tensor]] = field(default_factory=list)  # (view, place, logits)
+    is_greedy: bool = False  # what the views say
 
     def choose(self, logits: Tensor, views: Sequence[int], place: int) -> list[int]:
         self.seen += [(view, place, row.clone()) for view, row in zip(views, logits, strict=True)]
@@ -81,7 +82,9 @@ class Machine:
             start, script.done = script.done, script.done + right
             script.fold = max(script.fold, start + len(tokens) - MAX_DRAFT)
             name = str(script.slot)
-            views.append(DraftView(name, script.slot, script.known, start, script.done, row, wants))
+            views.append(
+                DraftView(name, script.slot, script.known, start, script.done, row, wants, self.is_greedy)
+            )
             row += len(tokens)
         self.seen = []
         drafts = self.proposer.after_step(self.runner.forward(segments), views, self.choose)
@@ -237,6 +240,27 @@ def test_more_sequences_than_a_captured_call_holds_draft_the_same() -> None:
     for index in (0, 1, GRAPH_ROWS, count - 1):
         own = [row for view, _, row in seen if view == index]
         assert_plain(m, live[index], drafts[index], own)
+
+
+@pytest.mark.parametrize("accepted", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision,level,act", [("f32", "maths", "f32"), ("fp4", "published", "bf16")])
+def test_a_greedy_sequence_alone_is_drafted_for_in_one_replay_and_gets_the_same(
+    accepted: int, precision: str, level: Level, act: ActDtype
+) -> None:
+    one_by_one, at_once = (machine(precision=precision, level=level, act=act) for _ in range(2))
+    at_once.is_greedy = True
+    found = []
+    for m in (one_by_one, at_once):
+        m.proposer._cache.window.fill_(0)
+        script = scripts(1, 60)[0]
+        drafts = [m.step([(script, PROMPT, 0, 0)])[0]]
+        for wants in (3, 1, MAX_DRAFT):
+            drafts.append(m.step([(script, 1 + accepted, MAX_DRAFT - accepted, wants)])[0])
+        found.append((drafts, m.proposer._cache.window.clone()))
+    assert not at_once.seen and one_by_one.seen, "one of them asked the engine for each draft"
+    assert [len(d[0]) for d in found[0][0]] == [0, 3, 1, MAX_DRAFT]
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_a_draft_chosen_otherwise_is_what_the_next_is_made_from() -> None:

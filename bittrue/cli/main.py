@@ -35,7 +35,7 @@ _EXIT_INTERRUPTED = 130
 def build_app() -> App:
     app = App(
         name="bittrue",
-        help="Serve DeepSeek-V4 so that every fast path returns exactly the bits of the slow path.",
+        help="Serve and train DeepSeek-V4 so that every fast path returns exactly the bits of the slow path.",
         version=_version,
     )
     groups: dict[str, App] = {}

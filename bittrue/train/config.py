@@ -123,6 +123,15 @@ class SpikeSection(Section):
     delay: int = Field(4, ge=1, description="Age in steps of the parameters that choose the experts.")
     steps: int = Field(200, ge=1, description="Steps after the spike until experts are chosen as usual.")
 
+    @model_validator(mode="after")
+    def _window_holds_a_history(self) -> Self:
+        if self.is_watched and self.least > self.window:
+            raise ValueError(
+                f"least is {self.least}, but window = {self.window} steps are remembered: no spike would "
+                "ever be told; lower least or raise window"
+            )
+        return self
+
 
 class RunSection(Section):
     """[run]: how long, in which pieces, and what is kept."""

@@ -6,7 +6,7 @@ how many work at a time changes no bit.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -28,7 +28,7 @@ class Crew:
         self._size = 0
 
     def map(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        """``work`` of every item, in order. What a call raises is raised here; the others end first."""
+        """``work`` of every item, in order. What a call raises is raised here, when those under way ended."""
         threads = threads_of(self._ops)
         if self._pool is None or self._size != threads:
             self._size = threads
@@ -36,7 +36,14 @@ class Crew:
             self._pool = ThreadPoolExecutor(threads, "crew", initializer=lambda: torch.set_num_threads(1))
         # With fewer items than workers the kernels use the threads that are left over.
         with _kernel_threads(self._ops, 1 if len(items) >= threads else threads):
-            yield from list(self._pool.map(work, items))
+            futures = [self._pool.submit(work, item) for item in items]
+            try:
+                results = [future.result() for future in futures]
+            finally:  # after an error nothing may go on behind the caller's back
+                for future in futures:
+                    future.cancel()
+                wait(futures)
+            yield from results
 
 
 @contextmanager

@@ -19,8 +19,13 @@ class MetricsFile:
     """Appends lines; those of steps that are run again are cut off first."""
 
     def __init__(self, path: Path) -> None:
+        """Raises CheckpointError where the file cannot be written."""
         self._path = path
-        self._file = path.open("ab", buffering=0)
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            fact = f"cannot write {path}: {error.strerror or error}"
+            raise CheckpointError(f"{fact}; choose another run directory", file=str(path)) from error
 
     def __enter__(self) -> Self:
         return self

@@ -53,7 +53,8 @@ class TrainProgress:
         if progress.is_anticipating:
             shown += "  anticipating"
         self._bar.update(self._task, completed=progress.step, shown=shown)
-        if progress.step % self._every == 0 or progress.step == self._steps:
+        is_due = progress.step % self._every == 0 or progress.step == self._steps
+        if self._bar.disable and is_due:  # a line would break the bar
             self._log.info(
                 "step",
                 n=f"{progress.step}/{self._steps}",

@@ -23,6 +23,7 @@ from bittrue.train.spike import Anticipation, Routes, SpikeDetector
 from bittrue.train.trainer import StepStats
 
 _TERMS = ("main", "mtp", "index", "balance")
+_COMPARED = ("config", "identity", "data", "threads")  # facts of a checkpoint
 
 
 class Weights(Protocol):
@@ -85,6 +86,7 @@ class Run:
         self._anticipation = Anticipation(config.spike.delay)
         self._spikes: list[dict[str, Any]] = []
         self.step = 0  # steps done
+        self._saved = -1  # the step whose checkpoint this process wrote or read
         self._is_quantised = self._phase(0).is_quantised
         self.trainer = parts.make_trainer(self._is_quantised)
         self._optimiser = self._new_optimiser()
@@ -119,7 +121,7 @@ class Run:
             self._one_step(metrics, tell)
             if self.step % self._config.run.checkpoint_every == 0:
                 self.save(metrics)
-        if self.step not in self._checkpoints.steps():
+        if self.step != self._saved:  # a directory of that name may be one that could not be read
             self.save(metrics)
         return self.step >= steps
 
@@ -143,12 +145,20 @@ class Run:
             "anticipate_until": self._anticipation.until,
             "spikes": self._spikes,
         }
-        return self._checkpoints.save(self.step, tensors, facts)
+        path = self._checkpoints.save(self.step, tensors, facts)
+        self._saved = self.step
+        return path
 
     def export(self, directory: Path, files: Mapping[str, bytes]) -> Path:
-        """Writes the published checkpoint, with ``files`` beside it."""
+        """Writes the published checkpoint, with ``files`` beside it. Raises CheckpointError where that cannot
+        be done; the run's own checkpoints are kept."""
         self._read_formats(is_quantised=True)
-        return self.trainer.export(directory, self._parts.model, files)
+        try:
+            return self.trainer.export(directory, self._parts.model, files)
+        except OSError as error:
+            fact = f"cannot write {directory}: {error.strerror or error}; the run is kept"
+            remedy = "make room, or choose another directory, and run the same command again"
+            raise CheckpointError(f"{fact}; {remedy}", file=str(directory)) from error
 
     @property
     def spikes(self) -> Sequence[Mapping[str, Any]]:
@@ -250,6 +260,9 @@ class Run:
     def _check(self, found: Snapshot) -> None:
         other = "choose another directory, or the run file it was begun with"
         saved = found.facts
+        absent = next((name for name in _COMPARED if name not in saved), None)
+        if absent is not None:
+            raise CheckpointError(f"{found.path} lacks {absent!r}; {other}", file=str(found.path))
         check_same(found.path, saved["config"], self._parts.model, what="model", remedy=other)
         identity = self._config.identity()
         check_same(found.path, saved["identity"], identity, what="run file", remedy=other)
@@ -277,7 +290,7 @@ class Run:
             self._spikes = list(found.facts["spikes"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{found.path} lacks {error}", file=str(found.path)) from error
-        self.step = found.step
+        self.step = self._saved = found.step
 
     def _new_trainer(self, is_quantised: bool) -> None:
         self._is_quantised = is_quantised

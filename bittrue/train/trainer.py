@@ -209,7 +209,9 @@ class Trainer:
         stats.main /= max(stats.num_targets, 1)
         stats.mtp /= max(num_ahead, 1)
         stats.index /= max(stats.num_tokens * num_csa, 1)
-        stats.balance /= max(stats.num_tokens * len(self.masters.biases), 1)
+        # Of the routers that took part: the draft module may not, nor a micro-batch without targets.
+        chosen = sum(int(load.sum()) for load in stats.loads.values())
+        stats.balance /= max(chosen // config.experts_per_token, 1)
 
     # ---- routing -----------------------------------------------------------------------------------------
 

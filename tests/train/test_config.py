@@ -78,6 +78,7 @@ def test_every_section_is_read(tmp_path: Path) -> None:
         ("[data]\ntasks = { sort = 0.0 }", "the weight of the task sort is 0.0"),
         (LEAST + "[schedule]\ndecay_steps = 5", "schedule: decay_start is 0, within the 100 warmup_steps"),
         (LEAST + "[spike]\nis_watched = true\nmargin = 500", "needs run.keep of at least 7"),
+        (LEAST + "[spike]\nis_watched = true\nwindow = 8", "spike: least is 16, but window = 8 steps are"),
         ("[data", "is not valid TOML"),
     ],
 )

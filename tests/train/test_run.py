@@ -3,28 +3,39 @@ import math
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.small_run import MODEL, SmallRun, Watched, final_bytes, no_room, settings, untimed_metrics
+from support.small_run import (
+    MODEL,
+    THREADS,
+    SmallRun,
+    Watched,
+    final_bytes,
+    no_room,
+    settings,
+    untimed_metrics,
+)
 from torch import Tensor
 
 from bittrue.config.model import ModelConfig
+from bittrue.engine.engine import Engine
 from bittrue.errors import CheckpointError, TrainingFailed
 from bittrue.model.convert import open_source
 from bittrue.model.inventory import inventory
 from bittrue.model.quantize import dequantize
 from bittrue.model.tensor_file import map_tensors, read_header
 from bittrue.train.assembly import open_origin
-from bittrue.train.checkpoint import FACTS_FILE, TENSORS_FILE
+from bittrue.train.checkpoint import FACTS_FILE, TENSORS_FILE, Checkpoints, read_checkpoint
 from bittrue.train.config import ModelSection, TrainConfig
 from bittrue.train.document import Document
 from bittrue.train.loss import LossWeights
 from bittrue.train.metrics import METRICS_FILE, MetricsFile
 from bittrue.train.spike import Routes
-from bittrue.train.trainer import StepStats
+from bittrue.train.trainer import StepStats, Trainer
 
 STEPS = 6
 # Every phase has its end within the run: dense attention at 1, formats at 3, the draft's weight at 4.
@@ -103,6 +114,19 @@ def test_a_damaged_checkpoint_costs_steps_and_no_bit(whole: SmallRun, tmp_path: 
     assert resumed.run.step == 2
     assert "step-000002 is used instead" in resumed.told.getvalue()
     resumed.go()
+    assert_same(tmp_path, whole)
+
+
+def test_a_damaged_checkpoint_of_the_last_step_is_written_again(whole: SmallRun, tmp_path: Path) -> None:
+    """Also where none is due at that step."""
+    config = changed(run={"checkpoint_every": 4})
+    SmallRun(config, tmp_path).go()
+    damaged = tmp_path / f"step-{STEPS:06d}" / FACTS_FILE
+    damaged.write_text("{}")
+    resumed = SmallRun(config, tmp_path)
+    assert resumed.run.step == 4
+    resumed.go()
+    assert SmallRun(config, tmp_path).run.step == STEPS
     assert_same(tmp_path, whole)
 
 
@@ -198,6 +222,24 @@ def test_the_export_is_what_was_trained(whole: SmallRun, tmp_path: Path) -> None
         tensors["layers.2.ffn.gate.bias"], whole.run.trainer.masters.biases["layers.2.ffn.gate.bias"]
     )
     assert tensors["layers.2.ffn.experts.3.w1.weight"].dtype == torch.int8
+    document = whole.source.documents(9)[0]
+    engine = Engine(path, prefix_cache=False, kv_memory="32MiB", threads=THREADS, log_level="error")
+    scores = engine.score(document.token_ids.tolist())
+    engine.close()
+    trainer = whole.run.trainer
+    assert isinstance(trainer, Watched) and isinstance(trainer.inner, Trainer)
+    assert torch.equal(trainer.inner.logprobs([document])[0], torch.tensor(scores))
+
+
+def test_an_export_that_cannot_be_written_is_named_and_leaves_nothing(
+    whole: SmallRun, tmp_path: Path
+) -> None:
+    with no_room(1000), pytest.raises(CheckpointError, match=f"cannot write {tmp_path / 'full'}: File too"):
+        whole.run.export(tmp_path / "full", whole.origin.files)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=f"cannot write {tmp_path / 'file' / 'x'}: .*; the run is kept"):
+        whole.run.export(tmp_path / "file" / "x", whole.origin.files)
 
 
 def test_a_run_can_start_from_anothers_weights(whole: SmallRun, tmp_path: Path) -> None:
@@ -244,6 +286,21 @@ def test_the_facts_name_the_settings(whole: SmallRun) -> None:
     assert facts["identity"]["optim.lr"] == 0.01
     assert facts["config"] == whole.origin.raw
     assert facts["threads"] == 1
+
+
+def test_a_checkpoint_without_its_facts_is_refused(
+    whole: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SmallRun(PLAIN, tmp_path)
+    found = replace(read_checkpoint(tmp_path / "step-000000"), facts={"config": whole.origin.raw})
+    monkeypatch.setattr(Checkpoints, "newest", lambda self, warn: found)
+    with pytest.raises(CheckpointError, match=r"step-000000 lacks 'identity'; choose another directory"):
+        SmallRun(PLAIN, tmp_path)
+
+
+def test_a_metrics_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"cannot write {tmp_path}: Is a directory; choose another"):
+        MetricsFile(tmp_path)
 
 
 def test_metrics_are_cut_where_a_run_goes_on(tmp_path: Path) -> None:

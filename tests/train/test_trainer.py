@@ -10,6 +10,7 @@ from support.training import VOCAB, export, random_documents, tiny_trainer
 from bittrue.engine.engine import Engine
 from bittrue.engine.types import SamplingParams
 from bittrue.model.presets import Precision
+from bittrue.ops.threads import set_kernel_threads, threads_of
 from bittrue.train.document import Document
 from bittrue.train.loss import LossWeights
 from bittrue.train.trainer import Trainer
@@ -137,6 +138,25 @@ def test_gradients_do_not_depend_on_micro_batches_or_recomputation() -> None:
         assert_close(plain, step_gradients(other, documents, LossWeights()), 2e-5)
 
 
+def test_threads_and_recomputation_change_no_bit() -> None:
+    """More workers than micro-batches, as many, fewer, and one: the sums are the same sums."""
+    documents = random_documents((40, 140, 3, 290, 17, 1, 2, 64))
+    found = []
+    for threads, recompute in ((1, False), (2, True), (3, False), (8, True)):
+        trainer = tiny_trainer("fp4", draft="mtp", micro_tokens=150, recompute=recompute)
+        before = threads_of(trainer.ops)
+        set_kernel_threads(trainer.ops, threads)
+        try:
+            stats = trainer.backward(documents, LossWeights())
+        finally:
+            set_kernel_threads(trainer.ops, before)
+        losses = (stats.main, stats.mtp, stats.index, stats.balance, stats.task_loss)
+        found.append((losses, gradients(trainer)))
+    for losses, grads in found[1:]:
+        assert losses == found[0][0]
+        assert all(torch.equal(grad, found[0][1][name]) for name, grad in grads.items())
+
+
 def test_gradients_are_the_same_bits_when_computed_again() -> None:
     trainer, documents = tiny_trainer("fp4", draft="mtp"), random_documents((40, 140, 290))
     first = step_gradients(trainer, documents, LossWeights())
@@ -208,6 +228,17 @@ def test_loads_count_every_choice_once_also_when_recomputed() -> None:
     assert all(int(load.sum()) == 130 * 2 for load in loads.values())
     recomputed = again.backward(documents, LossWeights()).loads
     assert all(torch.equal(load, recomputed[name]) for name, load in loads.items())
+
+
+def test_the_balance_is_a_mean_over_routers_that_took_part() -> None:
+    """The draft module's has no part without its loss, nor have documents without targets."""
+    documents = random_documents((40, 90))
+    without = tiny_trainer("f32", draft="mtp").backward(documents, LossWeights(mtp=0.0))
+    alone = tiny_trainer("f32").backward(documents, LossWeights())
+    assert without.balance == alone.balance > 0.9
+    silent = Document(documents[0].token_ids, np.zeros(40, dtype=bool))
+    apart = tiny_trainer("f32", micro_tokens=90).backward([silent, documents[1]], LossWeights())
+    assert apart.balance == tiny_trainer("f32").backward(documents[1:], LossWeights()).balance
 
 
 def test_a_step_lowers_the_loss_of_its_documents() -> None:

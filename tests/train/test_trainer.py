@@ -8,7 +8,7 @@ import torch
 from support.training import VOCAB, export, random_documents, tiny_trainer
 
 from bittrue.engine.engine import Engine
-from bittrue.engine.types import SamplingParams
+from bittrue.engine.types import Request, SamplingParams
 from bittrue.model.presets import Precision
 from bittrue.ops.threads import set_kernel_threads, threads_of
 from bittrue.train.document import Document
@@ -104,13 +104,42 @@ def test_logprobs_are_those_a_rollout_was_sampled_with(precision: Precision, tmp
 def test_logprobs_of_20000_tokens_do_not_differ_in_a_bit(precision: Precision, tmp_path: Path) -> None:
     trainer = tiny_trainer(precision, draft="mtp", sliding_window=8)
     take_a_step(trainer)
-    documents = random_documents((6000, 3000, 1000, *(100,) * 40, *(997,) * 6), seed=3)
-    assert sum(map(len, documents)) >= 19_900
+    documents = random_documents((6000, 3000, 1000, *(100,) * 40, *(1097,) * 6), seed=3)
     engine = engine_of(trainer, tmp_path / "model")
     found = trainer.logprobs(documents)
     for document, ours in zip(documents, found, strict=True):
         assert torch.equal(torch.tensor(engine.score(document.token_ids.tolist())), ours)
     engine.close()
+    assert sum(map(len, found)) >= 20_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", BOTH_LEVELS)
+def test_logprobs_of_20000_sampled_tokens_do_not_differ_in_a_bit(
+    precision: Precision, tmp_path: Path
+) -> None:
+    """Rollouts of many at a time, of different lengths, against the trainer and the engine's score."""
+    trainer = tiny_trainer(precision, draft="mtp")
+    take_a_step(trainer)
+    engine = engine_of(trainer, tmp_path / "model")
+    rng = np.random.default_rng(11)
+    prompts = [rng.integers(0, VOCAB, int(n)).tolist() for n in rng.integers(2, 90, 40)]
+    rollouts = {str(i): (list(prompt), list[float]()) for i, prompt in enumerate(prompts)}
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(max_tokens=520, temperature=1.0, seed=i, logprobs=0, ignore_eos=True)
+        engine.add(Request(request_id=str(i), prompt=tuple(prompt), params=params))
+    while engine.has_work():
+        for event in engine.step():
+            ids, logprobs = rollouts[event.request_id]
+            ids += event.token_ids
+            logprobs += [entry.logprob for entry in event.logprobs]
+    wholes = [np.array(ids, dtype=np.int32) for ids, _ in rollouts.values()]
+    found = trainer.logprobs([Document(ids, np.ones(len(ids), dtype=bool)) for ids in wholes])
+    for ids, ours, (_, sampled) in zip(wholes, found, rollouts.values(), strict=True):
+        assert torch.equal(ours[-len(sampled) :], torch.tensor(sampled))
+        assert torch.equal(ours, torch.tensor(engine.score(ids.tolist())))
+    engine.close()
+    assert sum(len(sampled) for _, sampled in rollouts.values()) >= 20_000
 
 
 def test_gradients_of_packed_documents_are_the_sum_of_those_alone() -> None:

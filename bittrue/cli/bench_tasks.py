@@ -18,6 +18,9 @@ from bittrue.config.run import RunConfig
 from bittrue.engine.assembly import numerics
 from bittrue.errors import UsageError
 from bittrue.train.tasks.catalogue import TASK_NAMES, check_names
+from bittrue.train.tasks.recall import MOST_TOKENS
+
+_LEAST_PROMPT = 64  # tokens of a prompt of recall that holds some records
 
 
 def tasks(
@@ -42,7 +45,7 @@ def tasks(
     """
     names = tuple(dict.fromkeys(name.strip() for name in tasks.split(","))) if tasks else TASK_NAMES
     check_names(names)
-    at_least(n=(n, 1), long_n=(long_n, 1), samples=(samples, 1))
+    at_least(n=(n, 1), long_n=(long_n, 1), samples=(samples, 1), threads=(threads, 0))
     if not 0 <= temperature <= 100:
         raise UsageError(f"--temperature is {temperature}; choose 0 (greedy) to 100")
     lengths = parse_lengths(recall_tokens)
@@ -79,8 +82,9 @@ def parse_lengths(text: str) -> tuple[int, ...]:
         lengths = tuple(int(word) for word in text.split(","))
     except ValueError:
         lengths = ()
-    if not lengths or min(lengths) < 64:
-        raise UsageError(f"--recall-tokens is {text!r}; write numbers from 64 by comma, such as 4096,32768")
+    if not lengths or min(lengths) < _LEAST_PROMPT or max(lengths) > MOST_TOKENS:
+        wanted = f"numbers from {_LEAST_PROMPT} to {MOST_TOKENS} by comma, such as 4096,32768"
+        raise UsageError(f"--recall-tokens is {text!r}; write {wanted}")
     return lengths
 
 

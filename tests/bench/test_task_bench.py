@@ -260,6 +260,8 @@ def test_bad_arguments_are_refused(model: Model, capsys: pytest.CaptureFixture[s
         (["--n", "0"], "--n is 0; it must be at least 1"),
         (["--temperature", "-1"], "--temperature is -1.0"),
         (["--recall-tokens", "4K"], "--recall-tokens is '4K'"),
+        (["--recall-tokens", "4096,20000000"], "write numbers from 64 to 13436935 by comma"),
+        (["--threads", "-1"], "--threads is -1; it must be at least 0"),
     ):
         assert run(["bench", "tasks", str(model.directory), *arguments]) == 2
         assert fact in capsys.readouterr().err

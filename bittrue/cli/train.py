@@ -18,8 +18,8 @@ from bittrue.ops.contracts import OpTable
 from bittrue.ops.dispatch import describe, select
 from bittrue.ops.threads import set_threads
 from bittrue.text.tokenizer import Tokenizer
-from bittrue.train.assembly import Origin, make_trainer, open_origin, open_source_of
-from bittrue.train.checkpoint import run_directory, write_file
+from bittrue.train.assembly import Origin, make_trainer, open_source_of, origin_of
+from bittrue.train.checkpoint import Checkpoints, run_directory, write_file
 from bittrue.train.config import TrainConfig, load_train_config
 from bittrue.train.metrics import METRICS_FILE, MetricsFile
 from bittrue.train.progress import TrainProgress
@@ -64,7 +64,8 @@ def train(
 def _train(
     config: TrainConfig, out: Path, export: Path | None, log: Log, should_stop: Callable[[], bool]
 ) -> int:
-    origin = open_origin(config.model)
+    checkpoints = Checkpoints(out, every=config.run.checkpoint_every, keep=config.run.keep)
+    origin = origin_of(config.model, checkpoints)
     ops = select(config.run.backend)
     threads = config.run.threads or os.cpu_count() or 1
     set_threads(ops, threads)

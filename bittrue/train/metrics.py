@@ -20,7 +20,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError where the file cannot be written."""
-        self._path = path
+        self.path = path
         try:
             self._file = path.open("ab", buffering=0)
         except OSError as error:
@@ -35,10 +35,14 @@ class MetricsFile:
     ) -> None:
         self._file.close()
 
+    @property
+    def is_empty(self) -> bool:
+        return self.path.stat().st_size == 0
+
     def cut(self, step: int) -> None:
         """Keeps the lines of steps before ``step``; what a kill left half written goes as well."""
         end = 0
-        with self._path.open("rb") as lines:
+        with self.path.open("rb") as lines:
             for line in lines:
                 found = _step_of(line)
                 if found is None or found >= step:
@@ -53,14 +57,14 @@ class MetricsFile:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise _full(self._path, error) from error
+            raise _full(self.path, error) from error
 
     def sync(self) -> None:
         """Puts the lines on disk: before the checkpoint that follows them."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise _full(self._path, error) from error
+            raise _full(self.path, error) from error
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

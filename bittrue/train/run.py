@@ -99,7 +99,9 @@ class Run:
         self._checkpoints.clean()
         found = self._checkpoints.newest(warn=lambda fact: self._log.warning("checkpoint", problem=fact))
         if found is None:
-            metrics.cut(0)
+            if not metrics.is_empty:
+                fact = "there are metrics of a run, but no checkpoint; choose another run directory"
+                raise CheckpointError(f"{metrics.path.parent}: {fact}", file=str(metrics.path))
             self.save(metrics)
             return
         self._check(found)

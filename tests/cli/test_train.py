@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -189,3 +190,40 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(run_file: Path, t
     SmallRun(load_train_config(run_file), tmp_path / "whole").go()
     assert final_bytes(out, 40) == final_bytes(tmp_path / "whole", 40)
     assert untimed_metrics(out) == untimed_metrics(tmp_path / "whole")
+
+
+def test_a_run_goes_on_without_the_checkpoint_it_started_from(run_file: Path, tmp_path: Path) -> None:
+    first, second, whole = tmp_path / "first", tmp_path / "second", tmp_path / "whole"
+    assert run(["train", str(run_file), "--out", str(first), "--steps", "5"]) == 0
+    stage = tmp_path / "stage.toml"
+    begun = f'[model]\nstart = "{first / "step-000005"}"'
+    stage.write_text(begun + RUN_FILE[RUN_FILE.index("\n[data]") :], encoding="utf-8")
+    assert run(["train", str(stage), "--out", str(whole), "--steps", "6"]) == 0
+    assert run(["train", str(stage), "--out", str(second), "--steps", "5"]) == 0
+    shutil.rmtree(first)
+    exported = tmp_path / "exported"
+    assert run(["train", str(stage), "--out", str(second), "--steps", "6", "--export", str(exported)]) == 0
+    assert final_bytes(second, 6) == final_bytes(whole, 6)
+    assert load_checkpoint(exported).draft_kind == "mtp"
+
+
+def test_a_start_that_is_a_run_directory_is_told_of_its_checkpoints(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "first"
+    assert run(["train", str(run_file), "--out", str(first), "--steps", "1"]) == 0
+    stage = tmp_path / "stage.toml"
+    stage.write_text(f'[model]\nstart = "{first}"' + RUN_FILE[RUN_FILE.index("\n[data]") :], encoding="utf-8")
+    assert run(["train", str(stage), "--out", str(tmp_path / "second")]) == 2
+    assert f"give one of its checkpoints, such as {first / 'step-000001'}" in capsys.readouterr().err
+
+
+def test_metrics_without_a_checkpoint_are_not_written_over(
+    run_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / METRICS_FILE).write_text('{"step": 0}\n', encoding="utf-8")
+    assert run(["train", str(run_file), "--out", str(out)]) == 2
+    assert "but no checkpoint; choose another run directory" in capsys.readouterr().err
+    assert (out / METRICS_FILE).read_text(encoding="utf-8") == '{"step": 0}\n'

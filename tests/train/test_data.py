@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,25 @@ def test_splits_share_no_question_text() -> None:
     assert not seen["train"] & seen["test"]
     assert not seen["train"] & seen["validation"]
     assert not seen["validation"] & seen["test"]
+
+
+def test_a_sum_is_held_out_with_a_tool_as_without() -> None:
+    """calc asks what add and sub ask, too: a problem has one split, whoever asks it."""
+    seen = {}
+    for split in ("train", "test"):
+        found = stream(("add", "sub", "calc"), split=split)
+        seen[split] = {
+            question.prompt
+            for step in range(40)
+            for place in range(12)
+            for problem in found.conversation(step, place)[1]
+            for question in problem.questions
+        }
+    rng = random.Random(0)
+    calc, add = all_tasks()["calc"], all_tasks()["add"]
+    sums = [p for p in (calc.problem(rng) for _ in range(300)) if p.canonical.count("+")]
+    assert sums and {p.family for p in sums} == {add.problem(rng).family}
+    assert not seen["train"] & seen["test"]
 
 
 def test_a_task_that_does_not_fit_is_refused() -> None:

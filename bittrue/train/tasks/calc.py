@@ -69,7 +69,9 @@ class Calc:
         value = {"+": a + b, "-": a - b, "*": a * b}[sign]
         expr = f"{a}{sign}{b}"
         canonical = expr if sign == "-" else f"{min(a, b)}{sign}{max(a, b)}"
-        return Problem("calc", canonical, (CalcQuestion(f"{expr}=", expr, value),), tools=(CALCULATOR,))
+        # The same sum, asked without a tool, is a problem of add: held out for both or for neither.
+        family = {"+": "add", "-": "sub", "*": "calc"}[sign]
+        return Problem(family, canonical, (CalcQuestion(f"{expr}=", expr, value),), tools=(CALCULATOR,))
 
 
 def computed(call: ToolCall) -> int | None:

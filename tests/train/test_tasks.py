@@ -299,7 +299,7 @@ def test_questions_of_recall_name_a_key_of_the_file() -> None:
         first = problem.questions[0].prompt
         values = dict(line.split("=") for line in first.removeprefix(HEAD).splitlines()[:-1])
         keys = [first.splitlines()[-1], *(question.prompt for question in problem.questions[1:])]
-        assert [q.reference[0].content for q in problem.questions] == [values[key] for key in keys]
+        assert [q.reference[0].content for q in problem.questions] == [f"{key}={values[key]}" for key in keys]
 
 
 def test_problems_of_one_file_share_their_beginning() -> None:

@@ -11,27 +11,24 @@ _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
 _PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
 _VALUES = [f"{value:02}" for value in range(100)]
 _NUM_KEYS = len(_PAIRS) ** 2
-_LETTERS = (1, 2, 4)  # kinds of keys in training
 RECORD = 8  # bytes: `k7q2=58` and a line break
 # With the two tokens before the user's text, records begin at a multiple of four and of eight: one never
 # straddles more groups of pooled rows than it must.
 HEAD = "file:\n"
 _FIXED = 7  # begin token, first user token and HEAD, less the user token that every turn counts
-_TURN = 10  # user token, key, two tokens that open the answer, value, end token
+_TURN = 15  # user token, key, two tokens that open the answer, record, end token
 LEAST_TOKENS, MOST_TOKENS = 32, _FIXED + RECORD * _NUM_KEYS
 LEAST_TURNS, MOST_TURNS = 8, 32
 
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """``file:``, records such as ``k7q2=58``, and ``k7q2`` -> ``58``; then further keys, a turn each.
+    """``file:``, records such as ``k7q2=58``, and ``k7q2`` -> ``k7q2=58``; then further keys, a turn each.
+
+    The answer spells the record out: after its own key stands what stands after the key in the file.
 
     Lengths of the conversation, with byte tokens, are log-uniform between ``min_tokens`` and ``max_tokens``,
     with 8 to 32 questions where there is room. Keys of a file differ; every question asks for any of them.
-
-    Keys are of four letters, drawn one by one in a third of the files; in the others, where there are enough
-    keys of that kind, ``aabb`` or ``aaaa``. Those are found by looking for a letter anywhere near: who learns
-    to look things up learns that first, and which letter stands where after it.
     """
 
     min_tokens: int = 256
@@ -48,22 +45,23 @@ class Recall:
         span = math.log(self.max_tokens / self.min_tokens)
         num_tokens = min(int(self.min_tokens * math.exp(span * rng.random())), self.max_tokens)
         most = max(1, min(MOST_TURNS, num_tokens // (2 * _TURN)))
-        num_questions = rng.randint(min(LEAST_TURNS, most), most)
-        return recall_problem(rng, num_tokens, num_questions, rng.choice(_LETTERS))
+        return recall_problem(rng, num_tokens, rng.randint(min(LEAST_TURNS, most), most))
 
 
-def recall_problem(rng: random.Random, num_tokens: int, num_questions: int, letters: int = 4) -> Problem:
+def recall_problem(rng: random.Random, num_tokens: int, num_questions: int) -> Problem:
     """One file and ``num_questions`` about it, in one conversation of ``num_tokens`` byte tokens, or up to 7
-    fewer; at least one record. ``letters``: different ones a key is drawn from (1, 2, 4), or more where there
-    are not twice as many such keys as records."""
-    num_records = (num_tokens - _FIXED - _TURN * num_questions) // RECORD
-    file, records = _file(rng, num_records, letters)
+    fewer; at least one record."""
+    file, records = _file(rng, (num_tokens - _FIXED - _TURN * num_questions) // RECORD)
     asked = [records[rng.randrange(len(records))] for _ in range(num_questions)]
-    questions = [TextQuestion(record[:4], record[5:7]) for record in asked]
+    questions = [_question(record) for record in asked]
     questions[0] = TextQuestion(file + questions[0].prompt, questions[0].answer)
     canonical = hashlib.blake2b(file.encode(), digest_size=16)
     canonical.update("".join(asked).encode())
     return Problem("recall", canonical.hexdigest(), tuple(questions))
+
+
+def _question(record: str) -> TextQuestion:
+    return TextQuestion(record[:4], record[:7])
 
 
 def shared_file(rng: random.Random, num_tokens: int, num_questions: int) -> list[Problem]:
@@ -76,25 +74,15 @@ def shared_file(rng: random.Random, num_tokens: int, num_questions: int) -> list
     for record in picked:
         canonical = hashed.copy()
         canonical.update(record.encode())
-        question = TextQuestion(file + record[:4], record[5:7])
+        question = TextQuestion(file + record[:4], record[:7])
         problems.append(Problem("recall", canonical.hexdigest(), (question,)))
     return problems
 
 
-def _file(rng: random.Random, num_records: int, letters: int = 4) -> tuple[str, list[str]]:
+def _file(rng: random.Random, num_records: int) -> tuple[str, list[str]]:
     """The text of a file and its records, each with its line break."""
-    count = max(1, num_records)
-    while letters < 4 and len(_ALPHABET) ** letters < 2 * count:
-        letters *= 2
-    numbers = rng.sample(range(len(_ALPHABET) ** letters), count)
-    values = rng.choices(_VALUES, k=count)
-    records = [f"{_key(number, letters)}={v}\n" for number, v in zip(numbers, values, strict=True)]
+    keys = rng.sample(range(_NUM_KEYS), max(1, num_records))
+    pairs, values = _PAIRS, rng.choices(_VALUES, k=len(keys))
+    size = len(pairs)
+    records = [f"{pairs[key // size]}{pairs[key % size]}={v}\n" for key, v in zip(keys, values, strict=True)]
     return HEAD + "".join(records), records
-
-
-def _key(number: int, letters: int) -> str:
-    """The key of that number among those of so many letters, each of which is repeated to make four."""
-    if letters == 4:
-        return _PAIRS[number // len(_PAIRS)] + _PAIRS[number % len(_PAIRS)]
-    parts = _ALPHABET[number] if letters == 1 else _PAIRS[number]
-    return "".join(letter * (4 // letters) for letter in parts)

@@ -86,11 +86,11 @@ def test_questions_about_files() -> None:
     files = held_out_files(4096, 300, split="test", seed=0)
     assert sum(map(len, files)) == 300 and 30 < len(files) <= 64
     for problems in files:
-        beginnings = {problem.questions[0].prompt[:-4] for problem in problems}
+        beginnings = {problem.questions[0].prompt[:-5] for problem in problems}
         assert len(beginnings) == 1 and {problem.split for problem in problems} == {"test"}
-        assert len(next(iter(beginnings))) + 11 in range(4096 - 8, 4097)
+        assert len(next(iter(beginnings))) + 17 in range(4096 - 8, 4097)
     (long,) = held_out_files(900_000, 50, split="test", seed=0)
-    assert len({problem.questions[0].prompt[-4:] for problem in long}) == 50
+    assert len({problem.questions[0].prompt[-5:] for problem in long}) == 50
 
 
 # ---- the way of an answer ----------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_bad_arguments_are_refused(model: Model, capsys: pytest.CaptureFixture[s
         (["--n", "0"], "--n is 0; it must be at least 1"),
         (["--temperature", "-1"], "--temperature is -1.0"),
         (["--recall-tokens", "4K"], "--recall-tokens is '4K'"),
-        (["--recall-tokens", "4096,20000000"], "write numbers from 64 to 13436935 by comma"),
+        (["--recall-tokens", "4096,200000000"], "write numbers from 64 to 95051015 by comma"),
         (["--threads", "-1"], "--threads is -1; it must be at least 0"),
     ):
         assert run(["bench", "tasks", str(model.directory), *arguments]) == 2

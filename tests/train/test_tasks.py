@@ -287,27 +287,27 @@ def test_records_begin_at_a_multiple_of_four() -> None:
     text = problem.questions[0].prompt
     start = ids.index(TOKENIZER.encode_text("\n")[0]) + 1
     assert start % 4 == 0
-    records = text.removeprefix(HEAD)[: -len("k7q2")]
+    records = text.removeprefix(HEAD)[: -len("qwzrk")]
     assert len(records) % RECORD == 0
     lines = records.splitlines()
-    assert all(len(line) == 7 and line[4] == "=" and line[5:].isdigit() for line in lines)
-    assert len({line[:4] for line in lines}) == len(lines)
+    assert all(len(line) == 7 and line[:5].isalpha() and line[5:].isdigit() for line in lines)
+    assert len({line[:5] for line in lines}) == len(lines)
 
 
 def test_questions_of_recall_name_a_key_of_the_file() -> None:
     for problem in problems("recall", 20):
         first = problem.questions[0].prompt
-        values = dict(line.split("=") for line in first.removeprefix(HEAD).splitlines()[:-1])
+        records = {line[:5]: line for line in first.removeprefix(HEAD).splitlines()[:-1]}
         keys = [first.splitlines()[-1], *(question.prompt for question in problem.questions[1:])]
-        assert [q.reference[0].content for q in problem.questions] == [f"{key}={values[key]}" for key in keys]
+        assert [q.reference[0].content for q in problem.questions] == [records[key] for key in keys]
 
 
 def test_problems_of_one_file_share_their_beginning() -> None:
     found = shared_file(random.Random(3), 900_000, 8)
     prompts = [problem.questions[0].prompt for problem in found]
-    assert len({prompt[:-4] for prompt in prompts}) == 1
-    assert len({prompt[-4:] for prompt in prompts}) == 8
-    assert 900_000 - RECORD < len(prompts[0]) + 7 <= 900_000
+    assert len({prompt[:-5] for prompt in prompts}) == 1
+    assert len({prompt[-5:] for prompt in prompts}) == 8
+    assert 900_000 - RECORD < len(prompts[0]) + 12 <= 900_000
 
 
 # ---- splits, names, the official parser --------------------------------------------------------------------

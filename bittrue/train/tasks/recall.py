@@ -7,25 +7,26 @@ from dataclasses import dataclass
 
 from bittrue.train.tasks.task import Problem, TextQuestion
 
-_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789"
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz"
 _PAIRS = [a + b for a in _ALPHABET for b in _ALPHABET]
 _VALUES = [f"{value:02}" for value in range(100)]
-_NUM_KEYS = len(_PAIRS) ** 2
-RECORD = 8  # bytes: `k7q2=58` and a line break
+_KEY = 5  # letters
+_NUM_KEYS = len(_ALPHABET) ** _KEY
+RECORD = 8  # bytes: `qwzrk58` and a line break
 # With the two tokens before the user's text, records begin at a multiple of four and of eight: one never
 # straddles more groups of pooled rows than it must.
 HEAD = "file:\n"
 _FIXED = 7  # begin token, first user token and HEAD, less the user token that every turn counts
-_TURN = 15  # user token, key, two tokens that open the answer, record, end token
+_TURN = 16  # user token, key, two tokens that open the answer, record, end token
 LEAST_TOKENS, MOST_TOKENS = 32, _FIXED + RECORD * _NUM_KEYS
 LEAST_TURNS, MOST_TURNS = 8, 32
 
 
 @dataclass(frozen=True, slots=True)
 class Recall:
-    """``file:``, records such as ``k7q2=58``, and ``k7q2`` -> ``k7q2=58``; then further keys, a turn each.
+    """``file:``, records such as ``qwzrk58``, and ``qwzrk`` -> ``qwzrk58``; then further keys, a turn each.
 
-    The answer spells the record out: after its own key stands what stands after the key in the file.
+    A record is a key of five letters and, right behind it, its value of two digits; the answer spells it out.
 
     Lengths of the conversation, with byte tokens, are log-uniform between ``min_tokens`` and ``max_tokens``,
     with 8 to 32 questions where there is room. Keys of a file differ; every question asks for any of them.
@@ -61,7 +62,7 @@ def recall_problem(rng: random.Random, num_tokens: int, num_questions: int) -> P
 
 
 def _question(record: str) -> TextQuestion:
-    return TextQuestion(record[:4], record[:7])
+    return TextQuestion(record[:_KEY], record[:-1])
 
 
 def shared_file(rng: random.Random, num_tokens: int, num_questions: int) -> list[Problem]:
@@ -74,7 +75,7 @@ def shared_file(rng: random.Random, num_tokens: int, num_questions: int) -> list
     for record in picked:
         canonical = hashed.copy()
         canonical.update(record.encode())
-        question = TextQuestion(file + record[:4], record[:7])
+        question = TextQuestion(file + record[:_KEY], record[:-1])
         problems.append(Problem("recall", canonical.hexdigest(), (question,)))
     return problems
 
@@ -82,7 +83,12 @@ def shared_file(rng: random.Random, num_tokens: int, num_questions: int) -> list
 def _file(rng: random.Random, num_records: int) -> tuple[str, list[str]]:
     """The text of a file and its records, each with its line break."""
     keys = rng.sample(range(_NUM_KEYS), max(1, num_records))
-    pairs, values = _PAIRS, rng.choices(_VALUES, k=len(keys))
-    size = len(pairs)
-    records = [f"{pairs[key // size]}{pairs[key % size]}={v}\n" for key, v in zip(keys, values, strict=True)]
+    values = rng.choices(_VALUES, k=len(keys))
+    records = [f"{_spelled(key)}{value}\n" for key, value in zip(keys, values, strict=True)]
     return HEAD + "".join(records), records
+
+
+def _spelled(key: int) -> str:
+    """The letters of the key of that number."""
+    rest, last = divmod(key, len(_ALPHABET))
+    return _PAIRS[rest // len(_PAIRS)] + _PAIRS[rest % len(_PAIRS)] + _ALPHABET[last]

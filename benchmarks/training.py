@@ -72,7 +72,9 @@ class Ours:
     def __init__(self, config: TrainConfig, ops: OpTable, precision: Precision, draft: DraftKind) -> None:
         self.origin = open_origin(config.model.model_copy(update={"precision": precision, "draft": draft}))
         self.trainer: Trainer = make_trainer(self.origin, ops, config.run, is_quantised=True)
-        self._optimiser = Optimiser(self.trainer.masters.named, optim_settings(config.optim))
+        self._optimiser = Optimiser(
+            self.trainer.masters.named, optim_settings(config.optim), spread=self.trainer.crew.map
+        )
         self._clip = config.optim.clip
         self._weights = LossWeights(config.loss.mtp, config.loss.index, config.loss.balance)
 

@@ -40,8 +40,9 @@ class GradTable:
     rms_norm: Callable[[Tensor, Tensor, Tensor | None, float], tuple[Tensor, Tensor | None]]
     """(d_out [..., D], x [..., D], weight [D] or None, eps) -> d_x, d_weight (None without a weight)."""
 
-    linear: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-    """(d_out [T, O], x [T, K], matrix [O, K]) -> d_x = d_out @ matrix, d_matrix = d_out^T @ x."""
+    linear: Callable[..., tuple[Tensor | None, Tensor]]
+    """(d_out [T, O], x [T, K], matrix [O, K], *, wants_x=True, add_to=None) -> d_x = d_out @ matrix, d_matrix = d_out^T @ x. With ``add_to`` [T, K] d_x is
+    added to it in place, and it is returned; without ``wants_x`` d_x is None."""
 
     grouped_linear: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     """(d_out [T, G, O], x [T, G, K], matrix [G * O, K]) -> d_x [T, G, K], d_matrix [G * O, K]."""

@@ -168,10 +168,12 @@ class Linears(Function):
                 d_masters.append(None)
                 continue
             read = rounded if product.is_quantized else plain
-            d_part, d_matrix = step.grads.linear(d_out.contiguous(), read, product.values)
+            wants_x = not product.is_apart
+            found, d_matrix = step.grads.linear(
+                d_out.contiguous(), read, product.values, wants_x=wants_x, add_to=d_x if wants_x else None
+            )
             d_masters.append(d_matrix)
-            if not product.is_apart:
-                d_x = d_part if d_x is None else d_x.add_(d_part)
+            d_x = found if wants_x else d_x
         return d_x, None, None, *d_masters
 
 

@@ -7,7 +7,7 @@ the masters.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,10 @@ from bittrue.ops.gradients import BankValues
 _EXPERT = re.compile(r"(.+\.ffn\.experts)\.(\d+)\.(w[123])\.weight")
 _FORMATS = {"F32": "f32", "BF16": "bf16", "F8_E4M3": "fp8", "I8": "fp4"}
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "fp4": torch.int8}
+
+
+# Runs a function on every name: `map`, or the crew's.
+Spread = Callable[[Callable[[str], None], Sequence[str]], Iterable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,20 +94,20 @@ class Masters:
 
     # ---- what the trainer asks ---------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Rewrites what the ops read, in place, from the masters: called after the masters changed."""
-        for name, (data, scale) in self._stored.items():
-            master, fmt = self.named[name], self._formats[name]
-            if fmt == "f32":
-                continue  # one memory
-            new_data, new_scale = _stored(master, fmt)
-            data.copy_(new_data)
-            if scale is not None:
-                assert new_scale is not None
-                scale.view(torch.uint8).copy_(new_scale.view(torch.uint8))
-            if name in self._values:
-                self._values[name].copy_(_values(data, scale, fmt))
+    def publish(self, spread: Spread = map) -> None:
+        """Rewrites what the ops read, in place, from the masters: called after the masters changed.
+        ``spread`` runs the work on all of them, perhaps side by side."""
+        list(spread(self._publish, [name for name in self._stored if self._formats[name] != "f32"]))
+
+    def _publish(self, name: str) -> None:
+        data, scale = self._stored[name]
+        new_data, new_scale = _stored(self.named[name].detach(), self._formats[name])
+        data.copy_(new_data)
+        if scale is not None:
+            assert new_scale is not None
+            scale.view(torch.uint8).copy_(new_scale.view(torch.uint8))
+        if name in self._values:
+            self._values[name].copy_(_values(data, scale, self._formats[name]))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the checkpoint these masters stand for, by official name, as it is published."""

@@ -1,6 +1,6 @@
 """Muon: momentum whose every matrix is made near orthogonal by hybrid Newton-Schulz steps (spec 5.4)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ _SETTLE = (2.0, -1.5, 0.5)
 _STEPS = (*[_LIFT] * 8, *[_SETTLE] * 2)
 _SMALLEST_NORM = 1e-30  # of a matrix of zeros
 _GROUP_ELEMENTS = 2**17  # matrices worked on together: what a core's cache holds
+# Runs a function on every item, in order: `map`, or the crew's.
+Spread = Callable[[Callable[[Tensor], Tensor], Sequence[Tensor]], Iterable[Tensor]]
 UPDATE_SCALE = 0.18  # times sqrt(max(rows, cols)): the root mean square of an AdamW update
 
 
@@ -51,7 +53,10 @@ class Muon:
         momentum: float,
         weight_decay: float,
         dtype: torch.dtype = torch.float32,
+        spread: Spread = map,
     ) -> None:
+        """``spread`` runs the work on groups of matrices, perhaps side by side."""
+        self._spread = spread
         self._parameters = dict(parameters)
         self._mu, self._decay, self._dtype = momentum, weight_decay, dtype
         self._momenta = {name: torch.zeros_like(p, requires_grad=False) for name, p in parameters.items()}
@@ -63,19 +68,30 @@ class Muon:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Moves every parameter that has a gradient; the others, and their momenta, are left alone."""
+        moves: list[tuple[list[str], list[int], int]] = []
+        parts: list[Tensor] = []
         for names in self._shapes.values():
             moving = [name for name in names if self._parameters[name].grad is not None]
             if moving:
-                self._move(moving, lr)
+                stacks = [self._nesterov(name) for name in moving]
+                wide = torch.cat([s.mT if s.shape[1] > s.shape[2] else s for s in stacks])
+                pieces = torch.split(wide, _per_group(wide))
+                moves.append((moving, [len(stack) for stack in stacks], len(pieces)))
+                parts += pieces
+        made = iter(list(self._spread(self._orthogonal, parts)))
+        for moving, counts, num_pieces in moves:
+            update = torch.cat([next(made) for _ in range(num_pieces)])
+            self._apply(moving, torch.split(update, counts), lr)
 
     def state(self) -> Iterable[tuple[str, Tensor]]:
         """The tensors to keep, by name; what they hold changes with the next step."""
         return ((f"momentum.{name}", m) for name, m in self._momenta.items())
 
-    def _move(self, names: list[str], lr: float) -> None:
-        stacks = [self._nesterov(name) for name in names]
-        wide = [stack.mT if stack.shape[1] > stack.shape[2] else stack for stack in stacks]
-        updates = torch.split(newton_schulz(torch.cat(wide), self._dtype), [len(stack) for stack in stacks])
+    def _orthogonal(self, x: Tensor) -> Tensor:
+        with torch.no_grad():  # a thread has a mode of its own
+            return newton_schulz(x, self._dtype)
+
+    def _apply(self, names: Sequence[str], updates: Sequence[Tensor], lr: float) -> None:
         for name, update in zip(names, updates, strict=True):
             p = self._parameters[name]
             rows, cols = p.shape[-2:]

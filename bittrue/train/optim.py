@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bittrue.errors import CheckpointError
-from bittrue.train.muon import Muon
+from bittrue.train.muon import Muon, Spread
 
 Rule = Literal["muon", "adamw", "adamw_no_decay"]
 _TABLES = ("embed.weight", "head.weight")
@@ -97,7 +97,10 @@ class AdamW:
 class Optimiser:
     """Muon for matrices and AdamW for the rest, at one learning rate."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], settings: OptimSettings) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], settings: OptimSettings, *, spread: Spread = map
+    ) -> None:
+        """``spread``: see Muon."""
         groups: dict[Rule, dict[str, Tensor]] = {"muon": {}, "adamw": {}, "adamw_no_decay": {}}
         for name, p in parameters.items():
             groups[rule_of(name, tuple(p.shape))][name] = p
@@ -106,6 +109,7 @@ class Optimiser:
             momentum=settings.momentum,
             weight_decay=settings.weight_decay,
             dtype=torch.bfloat16 if settings.is_coarse else torch.float32,
+            spread=spread,
         )
         self._adamw = AdamW(groups["adamw"], settings, decay=settings.weight_decay)
         self._plain = AdamW(groups["adamw_no_decay"], settings, decay=0.0)

@@ -13,6 +13,7 @@ from bittrue.errors import CheckpointError, TrainingFailed
 from bittrue.obs.log import Log
 from bittrue.train.checkpoint import Checkpoints, Snapshot, check_same
 from bittrue.train.config import OptimSection, TrainConfig
+from bittrue.train.crew import Crew
 from bittrue.train.data import DocumentSource
 from bittrue.train.document import Document
 from bittrue.train.loss import LossWeights
@@ -41,6 +42,8 @@ class Gradients(Protocol):
 
     is_dense: bool
 
+    @property
+    def crew(self) -> Crew: ...
     @property
     def masters(self) -> Weights: ...
     def backward(
@@ -300,7 +303,8 @@ class Run:
         self._optimiser = self._new_optimiser()
 
     def _new_optimiser(self) -> Optimiser:
-        return Optimiser(self.trainer.masters.named, optim_settings(self._config.optim))
+        settings = optim_settings(self._config.optim)
+        return Optimiser(self.trainer.masters.named, settings, spread=self.trainer.crew.map)
 
 
 def optim_settings(section: OptimSection) -> OptimSettings:

@@ -120,7 +120,7 @@ class Trainer:
         self._memory = _Memory(
             KVLayout.of(config, level=level, act=act, num_draft_layers=int(masters.mtp is not None))
         )
-        self._crew = Crew(ops)
+        self.crew = Crew(ops)
         self._bias_names = {id(bias): name for name, bias in masters.biases.items()}
 
     # ---- gradients ---------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ class Trainer:
             parts.append((part, chosen))
             begin += size
         stats = StepStats(num_tokens=totals.num_tokens, num_targets=totals.num_targets)
-        for found, gradients in self._crew.map(lambda p: self._micro_batch(p[0], p[1], totals), parts):
+        for found, gradients in self.crew.map(lambda p: self._micro_batch(p[0], p[1], totals), parts):
             _merge(stats, found)
             for leaf, gradient in zip(self.masters.named.values(), gradients, strict=True):
                 if gradient is not None:
@@ -288,7 +288,7 @@ class Trainer:
 
     def publish(self) -> None:
         """Rewrites what the ops read from the masters, after these changed."""
-        self.masters.publish()
+        self.masters.publish(self.crew.map)
 
     def export(
         self, directory: str | Path, raw_config: Mapping[str, Any], files: Mapping[str, bytes]

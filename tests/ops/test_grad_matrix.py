@@ -339,3 +339,18 @@ def test_a_gate_far_above_the_others_takes_all_without_overflow(ratio: int) -> N
         strict=True,
     ):
         close(got, want, 2e-6)
+
+
+@pytest.mark.parametrize("ops", [REFERENCE, CPU], ids=["reference", "cpu"])
+def test_linear_adds_its_gradient_to_another_or_leaves_it_out(ops: dict[str, Callable[..., Any]]) -> None:
+    source = generator(3)
+    d_out, x = torch.randn(300, 24, generator=source), torch.randn(300, 40, generator=source)
+    matrix, before = torch.randn(24, 40, generator=source), torch.randn(300, 40, generator=source)
+    d_x, d_matrix = ops["linear"](d_out, x, matrix)
+    assert d_x is not None
+    given = before.clone()
+    added, same = ops["linear"](d_out, x, matrix, add_to=given)
+    assert added is given and torch.equal(same, d_matrix)
+    assert torch.allclose(given, before + d_x, atol=1e-5)
+    none, same = ops["linear"](d_out, x, matrix, wants_x=False)
+    assert none is None and torch.equal(same, d_matrix)

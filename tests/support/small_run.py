@@ -16,6 +16,7 @@ from bittrue.text.tokenizer import Tokenizer
 from bittrue.train.assembly import Origin, make_trainer, open_origin, open_source_of
 from bittrue.train.checkpoint import TENSORS_FILE, write_file
 from bittrue.train.config import TrainConfig, train_config
+from bittrue.train.crew import Crew
 from bittrue.train.data import DocumentSource
 from bittrue.train.document import Document
 from bittrue.train.loss import LossWeights
@@ -70,6 +71,10 @@ class Watched:
     @is_dense.setter
     def is_dense(self, value: bool) -> None:
         self.inner.is_dense = value
+
+    @property
+    def crew(self) -> Crew:
+        return self.inner.crew
 
     @property
     def masters(self) -> Weights:

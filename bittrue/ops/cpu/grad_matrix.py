@@ -35,13 +35,20 @@ def _product(kernels: Kernels) -> Callable[..., Tensor]:
 
 
 def _product_ops(product: Callable[..., Tensor]) -> dict[str, Op]:
-    def linear(d_out: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    def linear(
+        d_out: Tensor, x: Tensor, matrix: Tensor, *, wants_x: bool = True, add_to: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor]:
         check("linear", "x", x, (None, None), ACT)
         num_tokens, inputs = x.shape
         check("linear", "matrix", matrix, (None, inputs), ACT)
         check("linear", "d_out", d_out, (num_tokens, matrix.shape[0]), ACT)
-        d_x, d_matrix = torch.empty_like(x), torch.empty_like(matrix)
-        return product(d_out, matrix, d_x), product(d_out.t(), x, d_matrix)
+        d_matrix = product(d_out.t(), x, torch.empty_like(matrix))
+        if not wants_x:
+            return None, d_matrix
+        if add_to is None:
+            return product(d_out, matrix, torch.empty_like(x)), d_matrix
+        check("linear", "add_to", add_to, (num_tokens, inputs), ACT)
+        return product(d_out, matrix, add_to, is_added=True), d_matrix
 
     def grouped_linear(d_out: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         check("grouped_linear", "x", x, (None, None, None), ACT)

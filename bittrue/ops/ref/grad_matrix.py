@@ -80,8 +80,13 @@ def _with_the_four_before(rows: Tensor, absent: float) -> Tensor:
     return torch.cat((torch.cat((torch.full_like(half_a[:1], absent), half_a[:-1])), half_b), 1)
 
 
-def _linear(d_out: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:
-    return vjp(smooth_linear, (x, matrix), (d_out,))
+def _linear(
+    d_out: Tensor, x: Tensor, matrix: Tensor, *, wants_x: bool = True, add_to: Tensor | None = None
+) -> tuple[Tensor | None, Tensor]:
+    d_x, d_matrix = vjp(smooth_linear, (x, matrix), (d_out,))
+    if not wants_x:
+        return None, d_matrix
+    return d_x if add_to is None else add_to.add_(d_x), d_matrix
 
 
 def _grouped_linear(d_out: Tensor, x: Tensor, matrix: Tensor) -> tuple[Tensor, ...]:

@@ -109,6 +109,7 @@ MADE = [
     errors.PoisonRequest("died of it"),
     errors.NotFlushed("a page is held"),
     errors.EngineDied("died"),
+    errors.TrainingFailed("the loss of step 3 is nan", step=3, term="main"),
 ]
 
 

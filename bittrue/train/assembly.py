@@ -16,7 +16,7 @@ from bittrue.model.presets import PRESETS, Precision, checkpoint_files, preset_c
 from bittrue.model.quantize import dequantize
 from bittrue.ops.contracts import OpTable
 from bittrue.text.tokenizer import Tokenizer
-from bittrue.train.checkpoint import FACTS_FILE, Checkpoints, read_checkpoint
+from bittrue.train.checkpoint import FACTS_FILE, Checkpoints, Snapshot, read_checkpoint
 from bittrue.train.config import DataSection, ModelSection, RunSection
 from bittrue.train.data import DocumentSource, JsonLines, Stream
 from bittrue.train.initial import initial_tensors
@@ -49,7 +49,7 @@ def open_origin(section: ModelSection) -> Origin:
         return _random(section)
     start = Path(section.start)
     if (start / FACTS_FILE).is_file():
-        return _of_run(section, start)
+        return _of_run(section, read_checkpoint(start))
     steps = sorted(path for path in start.glob("step-*") if (path / FACTS_FILE).is_file())
     if steps:
         fact = f"{start} is the directory of a run; give one of its checkpoints, such as {steps[-1]}"
@@ -61,7 +61,7 @@ def origin_of(section: ModelSection, checkpoints: Checkpoints) -> Origin:
     """What a run with these checkpoints began with. One that has some does not ask again for what it once
     started from, which may be gone."""
     begun = checkpoints.newest(warn=lambda fact: None) if section.start else None
-    return open_origin(section if begun is None else section.model_copy(update={"start": str(begun.path)}))
+    return open_origin(section) if begun is None else _of_run(section, begun)
 
 
 def make_trainer(origin: Origin, ops: OpTable, run: RunSection, *, is_quantised: bool) -> Trainer:
@@ -138,8 +138,8 @@ def _published(section: ModelSection, start: Path) -> Origin:
     return Origin(raw, section.draft, _tokenizer_files(start), masters)
 
 
-def _of_run(section: ModelSection, start: Path) -> Origin:
-    saved = read_checkpoint(start)
+def _of_run(section: ModelSection, saved: Snapshot) -> Origin:
+    start = saved.path
     raw = _altered(section, saved.facts["config"])
     named, biases = saved.part("master"), saved.part("bias")
 

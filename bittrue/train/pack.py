@@ -5,6 +5,7 @@ there is no mask to get wrong, and no padding.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -58,14 +59,4 @@ def shifted(batch: Batch) -> Batch:
     token_ids = torch.roll(batch.token_ids, -1)
     lengths = batch.offsets[1:] > batch.offsets[:-1]
     token_ids[(batch.offsets[1:][lengths] - 1).long()] = 0
-    return Batch(
-        token_ids=token_ids,
-        positions=batch.positions,
-        seq_ids=batch.seq_ids,
-        offsets=batch.offsets,
-        starts=batch.starts,
-        folds=batch.folds,
-        slots=batch.slots,
-        kept=batch.kept,
-        page_table=batch.page_table,
-    )
+    return replace(batch, token_ids=token_ids)

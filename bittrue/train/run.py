@@ -20,8 +20,8 @@ from bittrue.train.loss import LossWeights
 from bittrue.train.metrics import MetricsFile, step_values
 from bittrue.train.optim import Optimiser, OptimSettings, clip_gradients, first_bad_gradient
 from bittrue.train.schedule import Phase, phase_at
-from bittrue.train.spike import Anticipation, Routes, SpikeDetector
-from bittrue.train.trainer import StepStats
+from bittrue.train.spike import Anticipation, SpikeDetector
+from bittrue.train.trainer import Routes, StepStats
 
 _TERMS = ("main", "mtp", "index", "balance")
 _COMPARED = ("config", "identity", "data", "threads")  # facts of a checkpoint

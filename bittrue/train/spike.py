@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from bittrue.train.config import SpikeSection
-
-Routes = dict[str, Tensor]
+from bittrue.train.trainer import Routes
 
 
 @dataclass(slots=True)

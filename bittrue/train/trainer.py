@@ -151,7 +151,7 @@ class Trainer:
         return stats
 
     def _micro_batch(
-        self, documents: Sequence[Document], chosen: Mapping[int, Tensor] | None, totals: "_Totals"
+        self, documents: Sequence[Document], chosen: Mapping[int, Tensor] | None, totals: _Totals
     ) -> tuple[StepStats, Sequence[Tensor | None]]:
         """What a run of documents adds to the step: sums of its losses, and its gradients of all leaves."""
         step = Step(self.ops, self._grads, self._act)
@@ -171,7 +171,7 @@ class Trainer:
         self,
         documents: Sequence[Document],
         step: Step,
-        totals: "_Totals",
+        totals: _Totals,
         stats: StepStats,
         given: tuple[Sequence[LayerCache], Mapping[int, Tensor] | None],
     ) -> Tensor | None:

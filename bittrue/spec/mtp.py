@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from bittrue.spec.proposer import Choose, DraftView
 
 # Rows of a captured call at most: beyond, the kernels take far longer than the Python between them.
 GRAPH_ROWS = 32
+
+Key = TypeVar("Key")  # of a captured call
 
 
 class Row(NamedTuple):
@@ -121,7 +123,7 @@ class MtpProposer:
         if not self._is_captured(count):
             return call(self._mtp, self._given(rows, streams))
         self._rows.write(rows, streams)
-        own, logits = self._replay(self._forwards, count, call)
+        own, logits = self._replay(self._forwards, count, lambda mtp: call(mtp, self._rows.given(count)))
         return own, logits
 
     def _store(self, rows: Sequence[Row], streams: Tensor) -> None:
@@ -139,7 +141,7 @@ class MtpProposer:
         padded = _padded(count)
         self._rows.write([*rows, *(rows[0] for _ in range(count, padded))], streams)
         self._rows.streams[count:padded] = streams[0]
-        self._replay(self._stores, padded, call)
+        self._replay(self._stores, padded, lambda mtp: call(mtp, self._rows.given(padded)))
 
     def _can_chain(self, view: DraftView) -> bool:
         num_stored = min(view.computed_to - view.computed_from, self._window) - 1
@@ -164,14 +166,10 @@ class MtpProposer:
         given[:num_stored] = streams[row : row + num_stored]
         given[num_stored:count] = streams[row]
         given[count] = streams[row + num_stored]
-        captured = self._chains.get((count, wants))
-        if captured is None:
-            capture = self._mtp.model.ops.capture
-            assert capture is not None
-            captured = self._chains[count, wants] = capture(
-                lambda ops: self._store_and_draft(self._mtp.on(ops), count, wants)
-            )
-        return tuple(int(token) for token in captured.replay())
+        drafts = self._replay(
+            self._chains, (count, wants), lambda mtp: self._store_and_draft(mtp, count, wants)
+        )
+        return tuple(int(token) for token in drafts)
 
     def _store_and_draft(self, mtp: Mtp, count: int, num_drafts: int) -> list[Tensor]:
         """Stores ``count`` rows written, and makes the drafts from the row behind them on: [1] i64 each."""
@@ -195,14 +193,13 @@ class MtpProposer:
         own.write(rows, streams)
         return own.given(len(rows))
 
-    def _replay(self, captures: dict[int, Captured], count: int, call: Callable[[Mtp, MtpInput], Any]) -> Any:
-        """Runs ``call`` on the first ``count`` rows written."""
-        captured = captures.get(count)
+    def _replay(self, captures: dict[Key, Captured], key: Key, call: Callable[[Mtp], Any]) -> Any:
+        """Runs ``call``, which reads the rows written and is the same for the same key."""
+        captured = captures.get(key)
         if captured is None:
             capture = self._mtp.model.ops.capture
             assert capture is not None
-            given = self._rows.given(count)
-            captured = captures[count] = capture(lambda ops: call(self._mtp.on(ops), given))
+            captured = captures[key] = capture(lambda ops: call(self._mtp.on(ops)))
         return captured.replay()
 
 

@@ -76,7 +76,9 @@ class Ours:
             self.trainer.masters.named, optim_settings(config.optim), spread=self.trainer.crew.map
         )
         self._clip = config.optim.clip
-        self._weights = LossWeights(config.loss.mtp, config.loss.index, config.loss.balance)
+        self._weights = LossWeights(
+            config.loss.mtp, config.loss.mtp_depth, config.loss.index, config.loss.balance
+        )
 
     def backward(self, documents: Sequence[Document], weights: LossWeights | None = None) -> float:
         """The loss of the next tokens in nats; gradients are those of all losses."""

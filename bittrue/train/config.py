@@ -103,6 +103,9 @@ class LossSection(Section):
 
     mtp: float = Field(0.3, ge=0, description="Draft head, at first.")
     mtp_late: float = Field(0.1, ge=0, description="Draft head, from schedule.mtp_late_step.")
+    mtp_depth: int = Field(
+        1, ge=1, le=8, description="Drafts in a row the head is trained for, each from its own streams."
+    )
     index: float = Field(1.0, ge=0, description="Index against the attention it chooses for.")
     balance: float = Field(1e-4, ge=0, description="Even use of the experts within a document.")
     bias_speed: float = Field(1e-3, ge=0, description="Change of an expert's selection bias per step.")

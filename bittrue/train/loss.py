@@ -12,9 +12,11 @@ from bittrue.train.document import Document
 
 @dataclass(frozen=True, slots=True)
 class LossWeights:
-    """How much each loss counts beside the next token's (spec 5.5)."""
+    """How much each loss counts beside the next token's (spec 5.5). ``mtp`` is shared by the draft module's
+    ``mtp_depth`` passes over the tokens, one for each draft in a row it is trained for."""
 
     mtp: float = 0.3
+    mtp_depth: int = 1
     index: float = 1.0
     balance: float = 1e-4
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bittrue.kv.layout import pages_for
 from bittrue.model.batch import Segment, build_batch
@@ -60,3 +61,11 @@ def shifted(batch: Batch) -> Batch:
     lengths = batch.offsets[1:] > batch.offsets[:-1]
     token_ids[(batch.offsets[1:][lengths] - 1).long()] = 0
     return replace(batch, token_ids=token_ids)
+
+
+def behind(batch: Batch) -> Tensor:
+    """The row before each row of whole documents [T] i64; of a document's first row, that row itself."""
+    before = torch.arange(-1, batch.num_tokens - 1)
+    first = batch.offsets[:-1][batch.offsets[1:] > batch.offsets[:-1]].long()
+    before[first] = first
+    return before

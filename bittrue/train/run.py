@@ -180,7 +180,9 @@ class Run:
         named = self.trainer.masters.named
         for parameter in named.values():
             parameter.grad = None
-        weights = LossWeights(mtp=phase.mtp_weight, index=phase.index_weight, balance=phase.balance_weight)
+        weights = LossWeights(
+            phase.mtp_weight, self._config.loss.mtp_depth, phase.index_weight, phase.balance_weight
+        )
         stats = self.trainer.backward(self._parts.source.documents(step), weights, routes=routes)
         self._check_losses(stats)
         norm = clip_gradients(named, self._config.optim.clip)

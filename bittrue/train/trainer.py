@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from bittrue.train.differentiable import DifferentiableOps
 from bittrue.train.document import Document
 from bittrue.train.loss import LossWeights, Targets, count, targets
 from bittrue.train.masters import Masters
-from bittrue.train.pack import num_pages, pack, shifted, split
+from bittrue.train.pack import behind, num_pages, pack, shifted, split
 
 # Expert ids [tokens of all documents, k] i16 by the name of the router's bias.
 Routes = dict[str, Tensor]
@@ -190,12 +190,14 @@ class Trainer:
         loss = logprobs.sum() * (-1.0 / totals.num_targets)
         if self._mtp is None or not totals.weights.mtp or len(ahead.rows) == 0:
             return loss
-        mtp = self._mtp.on(ops.table())
-        behind = MtpInput(shifted(batch), streams, once_each(batch.num_tokens, streams.shape[1]))
-        guessed = mtp.forward(behind, caches[-1])
-        logprobs = _token_logprobs(mtp.logits(guessed.index_select(0, ahead.rows)), ahead, step)
-        stats.mtp = -float(logprobs.detach().sum())
-        return loss + logprobs.sum() * (-totals.weights.mtp / totals.num_ahead)
+        weights = totals.weights
+        heads = MtpInput(shifted(batch), streams, once_each(batch.num_tokens, streams.shape[1]))
+        module = self._mtp.on(ops.table())
+        passes = _draft_passes(module, heads, caches[-1], behind(batch), weights.mtp_depth)
+        logits = (module.logits(own.index_select(0, ahead.rows)) for own in passes)
+        drafted = torch.stack([_token_logprobs(each, ahead, step).sum() for each in logits]).sum()
+        stats.mtp = -float(drafted.detach()) / weights.mtp_depth
+        return loss + drafted * (-weights.mtp / (weights.mtp_depth * totals.num_ahead))
 
     def _forward(
         self, model: DeepseekV4, ops: DifferentiableOps, batch: Batch, caches: Sequence[LayerCache]
@@ -295,6 +297,22 @@ class Trainer:
     ) -> Path:
         """Writes the published checkpoint: the very tensors this trainer's forward reads."""
         return save_checkpoint(directory, raw_config, self.masters.tensors(), files=files)
+
+
+def _draft_passes(
+    module: Mtp, given: MtpInput, cache: LayerCache, before: Tensor, depth: int
+) -> Iterator[Tensor]:
+    """Streams of the draft module's passes over whole documents, ``depth`` of them.
+
+    The first reads the model's streams, as a first draft does. Every other guesses the same tokens from the
+    streams its predecessor made in the row ``before`` each, as further drafts are; its window holds rows of
+    its own pass, where a draft's holds those of earlier ones.
+    """
+    own = module.forward(given, cache)
+    yield own
+    for _ in range(depth - 1):
+        own = module.forward(replace(given, streams=own.index_select(0, before)), cache)
+        yield own
 
 
 def _merge(stats: StepStats, part: StepStats) -> None:

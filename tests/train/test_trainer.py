@@ -9,10 +9,15 @@ from support.training import VOCAB, export, random_documents, tiny_trainer
 
 from bittrue.engine.engine import Engine
 from bittrue.engine.types import Request, SamplingParams
+from bittrue.kv.layout import KVLayout
+from bittrue.kv.pool import allocate
+from bittrue.model.deepseek_v4 import DeepseekV4
+from bittrue.model.mtp import Mtp, MtpInput, once_each
 from bittrue.model.presets import Precision
 from bittrue.ops.threads import set_kernel_threads, threads_of
 from bittrue.train.document import Document
 from bittrue.train.loss import LossWeights
+from bittrue.train.pack import num_pages, pack, shifted
 from bittrue.train.trainer import Trainer
 
 LENGTHS = (1, 2, 5, 127, 128, 129, 260, 33)
@@ -155,6 +160,40 @@ def test_gradients_of_packed_documents_are_the_sum_of_those_alone() -> None:
         for name, grad in step_gradients(trainer, [document], own).items():
             alone[name] = alone.get(name, torch.zeros(())) + share * grad
     assert_close(packed, alone, 2e-5)
+
+
+def test_a_second_pass_of_the_draft_module_reads_its_own_streams_one_place_before() -> None:
+    trainer, document = tiny_trainer("f32", draft="mtp"), random_documents((90,))[0]
+    found = trainer.backward([document], LossWeights(mtp_depth=2)).mtp
+    # The same by the serving module, and log-probabilities in float64.
+    masters, ops = trainer.masters, trainer.ops
+    model = DeepseekV4(masters.config, masters.parameters, ops, level="maths", act="f32")
+    assert masters.mtp is not None
+    module, batch = Mtp(model, masters.mtp), pack([document.token_ids])
+    layout = KVLayout.of(masters.config, level="maths", act="f32", num_draft_layers=1)
+    caches = allocate(layout, slots=1, pages=num_pages([len(document)]))
+    with torch.no_grad():
+        streams = model.forward(batch, caches[:-1])
+        passes = []
+        for _ in range(2):
+            streams = module.forward(MtpInput(shifted(batch), streams, once_each(90, 4)), caches[-1])
+            asked = np.flatnonzero(document.is_target[2:])
+            logprobs = module.logits(streams[asked]).double().log_softmax(-1)
+            chosen = torch.from_numpy(document.token_ids[asked + 2].astype("int64"))
+            passes.append(-float(logprobs.gather(1, chosen[:, None]).mean()))
+            streams = torch.cat([streams[:1], streams[:-1]])
+    assert abs(found - sum(passes) / 2) < 1e-5
+    assert abs(passes[0] - passes[1]) > 1e-3
+
+
+def test_passes_of_the_draft_module_stay_within_their_documents() -> None:
+    trainer, weights = tiny_trainer("f32", draft="mtp"), LossWeights(mtp_depth=3)
+    documents = random_documents((40, 140, 3, 90))
+    packed = trainer.backward(documents, weights).mtp
+    counts = [int(d.is_target[2:].sum()) for d in documents]
+    alone = [trainer.backward([document], weights).mtp for document in documents]
+    mean = sum(count * each for count, each in zip(counts, alone, strict=True)) / sum(counts)
+    assert packed == pytest.approx(mean, rel=1e-6)
 
 
 def test_gradients_do_not_depend_on_micro_batches_or_recomputation() -> None:

@@ -19,7 +19,7 @@ HEAD = "file:\n"
 _FIXED = 7  # begin token, first user token and HEAD, less the user token that every turn counts
 _TURN = 16  # user token, key, two tokens that open the answer, record, end token
 LEAST_TOKENS, MOST_TOKENS = 32, _FIXED + RECORD * _NUM_KEYS
-LEAST_TURNS, MOST_TURNS = 8, 32
+LEAST_TURNS, MOST_TURNS = 8, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Recall:
     A record is a key of five letters and, right behind it, its value of two digits; the answer spells it out.
 
     Lengths of the conversation, with byte tokens, are log-uniform between ``min_tokens`` and ``max_tokens``,
-    with 8 to 32 questions where there is room. Keys of a file differ; every question asks for any of them.
+    with 8 to 128 questions, half of the tokens at most. Keys of a file differ; every question asks for any of them.
     """
 
     min_tokens: int = 256

@@ -17,6 +17,7 @@ from bittrue.engine.assembly import Assembly, Progress, assemble
 from bittrue.engine.drafting import Drafted, Drafting
 from bittrue.engine.output import Draw, Ending, Output
 from bittrue.engine.plan import ScheduledSequence, SequenceOutput, StepPlan
+from bittrue.engine.record import ChoiceRecord
 from bittrue.engine.sampler import SampleInput, SampleOutput, sample, token_logprob
 from bittrue.engine.scheduler import Scheduler, SchedulerLimits
 from bittrue.engine.sequence import Sequence as LiveSequence
@@ -34,6 +35,7 @@ from bittrue.kv.manager import KVManager
 from bittrue.kv.moves import Move
 from bittrue.model.batch import Segment
 from bittrue.ops.dispatch import build_of
+from bittrue.ops.recorded import Chosen
 from bittrue.text.detokenize import Detokenizer
 from bittrue.text.stop import StopMatcher
 
@@ -299,12 +301,23 @@ class Engine:
         if canary is not None:
             histories = [self._scheduler.sequence(part.seq_id).tokens for part in plan.sequences]
             canary.before(segments, histories)
-        streams = self._runner.forward(segments)
+        records = [self._outputs[part.seq_id].record for part in plan.sequences]
+        chosen = Chosen() if any(record is not None for record in records) else None
+        streams = self._runner.forward(segments, chosen)
         if canary is not None:
             canary.after(segments)
         if rows is not None:
             rows.after_step([segment.page_ids for segment in segments])
+        if chosen is not None:
+            self._record(plan, records, chosen)
         return streams
+
+    def _record(self, plan: StepPlan, records: Sequence[ChoiceRecord | None], chosen: Chosen) -> None:
+        row = 0
+        for part, record in zip(plan.sequences, records, strict=True):
+            if record is not None:
+                record.take(part.start, chosen, slice(row, row + part.num_tokens))
+            row += part.num_tokens
 
     def _move(self, moves: Sequence[Move]) -> None:
         if moves:
@@ -455,6 +468,7 @@ class Engine:
             request=request,
             eos_ids=frozenset([self.config.eos_id]),
             grammar=self.parts.new_grammar(params),
+            record=ChoiceRecord(self.config, self.max_context) if request.records_choices else None,
             detokenizer=Detokenizer(tokenizer) if params.stop else None,
             stops=StopMatcher(params.stop) if params.stop else None,
         )
@@ -477,6 +491,10 @@ class Engine:
             entries = output.prompt_logprobs
             prompt_logprobs = tuple(entries.get(i) for i in range(len(output.request.prompt)))
             output.is_prompt_reported = True
+        choices = None
+        if output.record is not None and ending is not None:
+            # The last token was never computed.
+            choices = output.record.choices(len(output.request.prompt) + len(output.generated) - 1)
         queued_s = None if output.is_begun else output.queued_s
         output.is_begun = True
         return TokenEvent(
@@ -491,5 +509,6 @@ class Engine:
             num_drafted=output.num_drafted,
             num_accepted=output.num_accepted,
             queued_s=queued_s,
+            choices=choices,
             error=None if ending is None else ending.error,
         )

@@ -15,11 +15,12 @@ from bittrue.kv.ledger import GRAPH_ROWS, GRAPHS
 from bittrue.model.batch import Segment
 from bittrue.model.deepseek_v4 import DeepseekV4
 from bittrue.obs.trace import OpTimes
-from bittrue.ops.contracts import Batch, Captured, LayerCache
+from bittrue.ops.contracts import Batch, Captured, LayerCache, OpTable
+from bittrue.ops.recorded import Chosen, recorded
 
 
 class StepGraphs:
-    """Captured steps of up to GRAPH_ROWS tokens: their streams [T, M, D] and logits [T, V].
+    """Captured steps of up to GRAPH_ROWS tokens: their streams [T, M, D], logits [T, V] and choices.
 
     At most GRAPHS shapes are held; the one unused for longest makes room.
     """
@@ -41,7 +42,7 @@ class StepGraphs:
         than the Python between them."""
         return 0 < len(segments) <= GRAPH_ROWS and 0 < sum(len(s.token_ids) for s in segments) <= GRAPH_ROWS
 
-    def run(self, segments: Sequence[Segment], times: OpTimes | None = None) -> tuple[Tensor, Tensor]:
+    def run(self, segments: Sequence[Segment], times: OpTimes | None = None) -> tuple[Tensor, Tensor, Chosen]:
         """Advances every sequence by its tokens. The tensors last until the next replay of anything captured
         by the model's ops. ``times``: what to add the time of every kernel to."""
         shape = len(segments), self._index.write(segments)
@@ -56,18 +57,20 @@ class StepGraphs:
         else:
             for name, seconds in captured.time():
                 times.add(name, seconds)
-        streams, logits = captured.result
-        return streams, logits
+        result: tuple[Tensor, Tensor, Chosen] = captured.result
+        return result
 
     def _capture(self, num_sequences: int, num_tokens: int) -> Captured:
         batch = self._index.batch(num_sequences, num_tokens)
 
-        def step(model: DeepseekV4) -> tuple[Tensor, Tensor]:
+        def step(ops: OpTable) -> tuple[Tensor, Tensor, Chosen]:
+            chosen = Chosen()
+            model = self._model.on(recorded(ops, chosen))
             streams = model.forward(batch, self._caches)
-            return streams, model.logits(streams)
+            return streams, model.logits(streams), chosen
 
         assert self._model.ops.capture is not None
-        return self._model.ops.capture(lambda ops: step(self._model.on(ops)))
+        return self._model.ops.capture(step)
 
 
 class _StepIndex:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from bittrue.engine.record import ChoiceRecord
 from bittrue.engine.sampler import SampleOutput
 from bittrue.engine.types import FinishReason, Request, TokenLogprob
 from bittrue.text.detokenize import Detokenizer
@@ -29,6 +30,7 @@ class Output:
     request: Request
     eos_ids: frozenset[int]
     grammar: DelayedGrammar | None
+    record: ChoiceRecord | None
     detokenizer: Detokenizer | None
     stops: StopMatcher | None
     generated: list[int] = field(default_factory=list)

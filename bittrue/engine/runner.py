@@ -14,6 +14,7 @@ from bittrue.model.batch import Segment, build_batch
 from bittrue.model.deepseek_v4 import DeepseekV4
 from bittrue.obs.trace import OpTimes
 from bittrue.ops.contracts import PAGE_TOKENS, LayerCache
+from bittrue.ops.recorded import Chosen, recorded
 from bittrue.ops.traced import traced
 
 
@@ -38,22 +39,27 @@ class Runner:
         self._checked: list[Sequence[int] | None] = [None] * self.num_slots  # pages found to exist
         is_captured = model.ops.capture is not None
         self._graphs = StepGraphs(model, self.caches, self._most_pages()) if is_captured else None
-        # Streams and logits of the last step, if it was captured.
-        self._replayed: tuple[Tensor, Tensor] | None = None
+        # Streams, logits and choices of the last step, if it was captured.
+        self._replayed: tuple[Tensor, Tensor, Chosen] | None = None
         self._times: OpTimes | None = None
 
     @torch.inference_mode()
-    def forward(self, segments: Sequence[Segment]) -> Tensor:
+    def forward(self, segments: Sequence[Segment], chosen: Chosen | None = None) -> Tensor:
         """Advances every segment's sequence by its tokens. Returns the last streams [T, M, D], segments in
         order; they last until the next step, or the next replay of anything captured by the model's ops: a
-        draft module's too."""
+        draft module's too. ``chosen`` receives the step's choices, which last as long."""
         for segment in segments:
             self._check(segment)
         if self._graphs is not None and self._graphs.covers(segments):
             self._replayed = self._graphs.run(segments, self._times)
+            if chosen is not None:
+                chosen.add(self._replayed[2])
             return self._replayed[0]
         self._replayed = None
-        return self._traced_model().forward(build_batch(segments), self.caches)
+        model = self._traced_model()
+        if chosen is not None:
+            model = model.on(recorded(model.ops, chosen))
+        return model.forward(build_batch(segments), self.caches)
 
     @contextlib.contextmanager
     def trace(self) -> Iterator[OpTimes]:

@@ -46,6 +46,23 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most likely first
 
 
+class Choices(msgspec.Struct, frozen=True, kw_only=True):
+    """What was chosen for the computed tokens of a sequence, so that training can choose the same.
+
+    ``experts``: ids of the learned routers for the positions from ``first`` on; earlier ones came out of the
+    prefix cache. ``rows``: ids of the CSA layers, ascending, for the positions from ``first_row`` on; before
+    4 * (index_topk + 1) - 1 every visible row is read. Shapes: tokens, layers, ids of one, bytes of an id
+    (unsigned, little-endian). ``engine.record`` reads them.
+    """
+
+    first: int
+    experts: bytes
+    expert_shape: tuple[int, int, int, int]
+    first_row: int
+    rows: bytes
+    row_shape: tuple[int, int, int, int]
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     """One sequence to run. ``resume`` holds tokens already generated (after a crash): they are replayed,
     not sampled."""
@@ -56,6 +73,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):
     resume: tuple[int, ...] = ()
     priority: int = 0
     cache_salt: str = ""  # cached prefixes are shared only between requests with the same salt
+    records_choices: bool = False  # the last event carries what was chosen for its tokens
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
@@ -73,6 +91,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="tokens"):
     num_drafted: int = 0  # draft tokens computed for this sequence so far
     num_accepted: int = 0  # of them, those that became output
     queued_s: float | None = None  # first event only: seconds from arrival to the first step
+    choices: Choices | None = None  # last event only, where the request asked for it
     error: str | None = None
 
 

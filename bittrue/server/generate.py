@@ -7,7 +7,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bittrue.engine.types import FinishReason, SamplingParams, TokenEvent, TokenLogprob
+from bittrue.engine.types import Choices, FinishReason, SamplingParams, TokenEvent, TokenLogprob
 from bittrue.errors import InvalidRequest
 from bittrue.server.intake import read_body
 from bittrue.server.keys import caller_of
@@ -26,7 +26,8 @@ _DECODE = BodyDecoder(GenerateBody)
 class Generated(msgspec.Struct, kw_only=True):
     """The answer, or in a stream what one event adds. An entry of ``logprobs``: [id, lp, [[id, lp], ..]].
 
-    ``num_drafted``, ``num_accepted``: drafts so far, and those that became output.
+    ``num_drafted``, ``num_accepted``: drafts so far, and those that became output. ``choices``: with the end,
+    where ``record`` asked for them; bytes are base64.
     """
 
     request_id: str
@@ -40,6 +41,7 @@ class Generated(msgspec.Struct, kw_only=True):
     num_cached_tokens: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
+    choices: Choices | None = None
     weight_version: str = ""
 
 
@@ -59,6 +61,7 @@ async def generate(request: Request) -> Response:
         endpoint="/generate",
         cache_salt=body.cache_salt,
         priority=body.priority,
+        records_choices=body.record,
     )
     if body.stream:
         collects = submission.is_kept_afterwards
@@ -121,6 +124,7 @@ class _Renderer:
             num_cached_tokens=self._num_cached,
             num_drafted=event.num_drafted,
             num_accepted=event.num_accepted,
+            choices=event.choices,
         )
         if self._collects:
             self._add(part)
@@ -137,3 +141,4 @@ class _Renderer:
         whole.finish_reason, whole.stop_match = part.finish_reason, part.stop_match
         whole.num_cached_tokens = part.num_cached_tokens
         whole.num_drafted, whole.num_accepted = part.num_drafted, part.num_accepted
+        whole.choices = part.choices

@@ -117,6 +117,7 @@ def submit(
     endpoint: str,
     cache_salt: str | None,
     priority: int = 0,
+    records_choices: bool = False,
 ) -> Submission:
     """Hands (prompt, sampling) pairs to the engine, all or none. Raises QueueFull, Draining, EngineDied."""
     if state.client.dead is not None:
@@ -132,6 +133,7 @@ def submit(
             params=params,
             priority=priority,
             cache_salt=salt,
+            records_choices=records_choices,
         )
         for index, (prompt, params) in enumerate(sequences)
     ]

@@ -110,6 +110,8 @@ MADE = [
     errors.NotFlushed("a page is held"),
     errors.EngineDied("died"),
     errors.TrainingFailed("the loss of step 3 is nan", step=3, term="main"),
+    errors.RolloutInvalid("9 log-probabilities for 8 tokens", prompt_key="p"),
+    errors.ParityBroken("differs", sequence=2, token=5),
 ]
 
 

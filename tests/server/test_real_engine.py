@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import openai
 import pytest
 from standins.live_server import LiveServer
 
 from bittrue.engine.engine import Engine
-from bittrue.engine.types import SamplingParams
+from bittrue.engine.types import Choices, Request, SamplingParams
 from bittrue.model.presets import make_checkpoint
 
 MODEL = "tiny-fp4"
@@ -120,6 +121,27 @@ def test_the_server_gives_the_engines_tokens(program: Program, directory: Path) 
     scores = engine.score((*prompt, *tokens))[len(prompt) - 1 :]
     assert answer["choices"][0]["logprobs"]["token_logprobs"] == pytest.approx(scores, abs=0)
     assert answer["system_fingerprint"] == engine.parts.weight_version
+
+
+def test_generate_tells_what_was_chosen_for_its_tokens(program: Program, directory: Path) -> None:
+    prompt = list(range(5, 90))
+    body = {
+        "prompt_ids": prompt,
+        "record": True,
+        "sampling": {"max_tokens": 6, "temperature": 0, "ignore_eos": True},
+    }
+    answer = program.http.post("/generate", json=body).json()
+    engine = Engine(directory, kv_memory="32MiB", threads=1, max_context=2048, log_level="error")
+    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    engine.add(Request(request_id="r", prompt=tuple(prompt), params=params, records_choices=True))
+    last = None
+    while engine.has_work():
+        last = next(iter(engine.step()[-1:]), last)
+    engine.close()
+    assert last is not None and last.choices is not None
+    assert msgspec.convert(answer["choices"], Choices) == last.choices
+    del body["record"]
+    assert program.http.post("/generate", json=body).json()["choices"] is None
 
 
 def test_echo_gives_the_scores_of_the_prompt(program: Program, directory: Path) -> None:

@@ -18,6 +18,7 @@ from bittrue.kv.manager import KVManager
 from bittrue.kv.pool import KVPool
 from bittrue.model.batch import Segment
 from bittrue.ops.contracts import OpTable
+from bittrue.ops.recorded import Chosen
 from bittrue.ops.ref import index
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -102,7 +103,7 @@ def not_rolled_back(part: str) -> Plant:
         honest = Runner.forward
         steps: dict[tuple[int, int], tuple[int, int]] = {}  # where the last one of a slot began and ended
 
-        def forward(runner: Runner, segments: Sequence[Segment]) -> Tensor:
+        def forward(runner: Runner, segments: Sequence[Segment], chosen: Chosen | None = None) -> Tensor:
             stale = []
             for segment in segments:
                 key = (id(runner), segment.slot)
@@ -110,7 +111,7 @@ def not_rolled_back(part: str) -> Plant:
                 if begin < segment.start < end:
                     stale += [(view, view.clone()) for view in rejected(runner, part, segment, end)]
                 steps[key] = (segment.start, segment.start + len(segment.token_ids))
-            streams = honest(runner, segments)
+            streams = honest(runner, segments, chosen)
             for view, before in stale:
                 view.copy_(before)
             return streams

@@ -5,7 +5,7 @@ values of the step's rows, and those of the entries written to each layer's page
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -46,8 +46,18 @@ from bittrue.train.autograd_cache import (
 )
 from bittrue.train.masters import Masters
 
-# Expert ids [T, k] by the bias tensor of the router (its id): every learned router has one of its own.
-Choices = Mapping[int, Tensor]
+# In replayed ids: nothing was recorded for this token, so it chooses for itself.
+UNKNOWN = -2
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Ids chosen before, [T, k] i32 each, in place of today's: gradients flow through weights and scores that
+    are computed anew. ``experts`` by the bias tensor of the router (its id): every learned router has one of
+    its own. ``rows`` by the key pages of the layer (their id), ascending and -1 padded."""
+
+    experts: Mapping[int, Tensor] = field(default_factory=dict)
+    rows: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class DifferentiableOps:
@@ -59,13 +69,14 @@ class DifferentiableOps:
         step: Step,
         *,
         is_dense: bool = False,
-        routes: Choices | None = None,
+        replay: Replay | None = None,
     ) -> None:
-        """``is_dense``: attention reads every visible entry, while the index learns to choose. ``routes``:
-        experts chosen before, for every learned router."""
+        """``is_dense``: attention reads every visible entry, while the index learns to choose."""
         self._masters, self._step = masters, step
-        self._is_dense, self._routes = is_dense, routes
-        self.chosen: dict[int, Tensor] = {}
+        self._is_dense, self._replay = is_dense, replay or Replay()
+        assert not (is_dense and self._replay.rows), "attention reads every entry, or those of a record"
+        self.chosen: dict[int, Tensor] = {}  # as in Replay
+        self.chosen_rows: dict[int, Tensor] = {}
         self._rows: tuple[Tensor, Tensor] | None = None  # values and bytes of the last kv_rows
         self._entries: dict[int, Tensor] = {}  # values by the pages they were written to
         self._index_scores: Tensor | None = None  # of the last choice
@@ -199,11 +210,13 @@ class DifferentiableOps:
 
     def route_topk(self, logits: Tensor, bias: Tensor | None, k: int, scale: float) -> tuple[Tensor, Tensor]:
         values, key = logits.detach().contiguous(), id(bias)
-        if self._routes is None:
-            ids, weights = self._step.ops.route_topk(values, bias, k, scale)
-        else:  # a table with a row for every token: the same choice, the weights of today's scores
-            every = torch.arange(values.shape[0])
-            ids, weights = self._step.ops.route_hash(values, every, self._routes[key].long(), scale)
+        ids, weights = self._step.ops.route_topk(values, bias, k, scale)
+        given = self._replay.experts.get(key)
+        if (
+            given is not None
+        ):  # a table with a row for every token: that choice, the weights of today's scores
+            table, every = torch.where(given == UNKNOWN, ids, given), torch.arange(len(values))
+            ids, weights = self._step.ops.route_hash(values, every, table.long(), scale)
         self.chosen[key] = ids
         return ids, self._route(logits, ids, weights, scale, key)
 
@@ -298,11 +311,17 @@ class DifferentiableOps:
         k: int,
         weight_scale: float,
     ) -> Tensor:
+        given = self._replay.rows.get(id(keys))
         if self._is_dense:
             ids = _all_visible(batch)
+        elif given is not None and not (given[:, 0] == UNKNOWN).any():
+            ids = given
         else:
-            given = (self._step.narrow(q.detach()), head_weights.detach().contiguous(), batch, keys, fmt)
-            ids = self._step.ops.index_topk(*given, cos, sin, k=k, weight_scale=weight_scale)
+            asked = (self._step.narrow(q.detach()), head_weights.detach().contiguous(), batch, keys, fmt)
+            ids = self._step.ops.index_topk(*asked, cos, sin, k=k, weight_scale=weight_scale)
+            if given is not None:
+                ids = torch.where(given[:, :1] == UNKNOWN, ids, given)
+        self.chosen_rows[id(keys)] = ids
         if torch.is_grad_enabled():
             call = IndexCall(ids, batch, (cos, sin), fmt, weight_scale)
             entries = self._entries[id(keys)]

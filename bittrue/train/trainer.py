@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +20,28 @@ from bittrue.ops.contracts import Batch, LayerCache, OpTable
 from bittrue.ops.dispatch import select_gradients
 from bittrue.train.autograd import Step, TokenLogprob
 from bittrue.train.crew import Crew
-from bittrue.train.differentiable import DifferentiableOps
+from bittrue.train.differentiable import DifferentiableOps, Replay
 from bittrue.train.document import Document
 from bittrue.train.loss import LossWeights, Targets, count, targets
 from bittrue.train.masters import Masters
 from bittrue.train.pack import behind, num_pages, pack, shifted, split
 
-# Expert ids [tokens of all documents, k] i16 by the name of the router's bias.
+# Expert ids [tokens of all documents, k] i16 by the name of the router's bias; UNKNOWN where a token is to
+# choose for itself.
 Routes = dict[str, Tensor]
+# Ids of the rows read [tokens of all documents, k] i32 for each CSA layer, ascending, -1 padded; UNKNOWN in
+# the first place where a token is to choose for itself.
+Rows = Sequence[Tensor]
+
+
+class Objective(Protocol):
+    """What a step minimises, of the log-probabilities of its targets."""
+
+    def __call__(self, logprobs: Tensor, logits: Tensor, first: int) -> Tensor:
+        """A scalar: the share of the targets ``first`` .. ``first + n - 1``, in the order of the documents.
+        ``logprobs`` [n] f32, ``logits`` [n, V] f32. Called for disjoint shares, by several threads at once.
+        """
+        ...
 
 
 @dataclass(slots=True)
@@ -64,6 +78,18 @@ class _Totals:
     num_targets: int
     num_ahead: int  # targets of the draft module
     weights: LossWeights
+    objective: Objective
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A run of a step's documents that is computed at once: the place of its first target among all, and the
+    choices it repeats."""
+
+    documents: Sequence[Document]
+    first_target: int
+    routes: Routes
+    rows: Rows
 
 
 class _Memory:
@@ -126,23 +152,27 @@ class Trainer:
     # ---- gradients ---------------------------------------------------------------------------------------
 
     def backward(
-        self, documents: Sequence[Document], weights: LossWeights, *, routes: Routes | None = None
+        self,
+        documents: Sequence[Document],
+        weights: LossWeights,
+        *,
+        routes: Routes | None = None,
+        rows: Rows | None = None,
+        objective: Objective | None = None,
     ) -> StepStats:
-        """Adds the gradients of the step's loss to the masters' ``grad``. ``routes``: what ``routes`` gave
-        for the same documents."""
-        totals = _Totals(
-            sum(map(len, documents)), count(documents, ahead=1), count(documents, ahead=2), weights
-        )
-        parts = []
-        begin = 0
-        for run in split([len(d) for d in documents], self._micro_tokens):
-            part = documents[run.start : run.stop]
-            size = sum(map(len, part))
-            chosen = None if routes is None else self._keyed(routes, begin, begin + size)
-            parts.append((part, chosen))
-            begin += size
-        stats = StepStats(num_tokens=totals.num_tokens, num_targets=totals.num_targets)
-        for found, gradients in self.crew.map(lambda p: self._micro_batch(p[0], p[1], totals), parts):
+        """Adds the gradients of the step's loss to the masters' ``grad``. ``routes`` and ``rows``: choices
+        made before for the same documents, as ``chosen`` gives them. ``objective``: in place of the mean
+        negative log-probability of the targets; the other losses are added to it."""
+        num_targets = count(documents, ahead=1)
+
+        def nll(logprobs: Tensor, logits: Tensor, first: int) -> Tensor:
+            return logprobs.sum() * (-1.0 / num_targets)
+
+        num_ahead = count(documents, ahead=2)
+        totals = _Totals(sum(map(len, documents)), num_targets, num_ahead, weights, objective or nll)
+        stats = StepStats(num_tokens=totals.num_tokens, num_targets=num_targets)
+        parts = self._parts(documents, routes or {}, rows or ())
+        for found, gradients in self.crew.map(lambda part: self._micro_batch(part, totals), parts):
             _merge(stats, found)
             for leaf, gradient in zip(self.masters.named.values(), gradients, strict=True):
                 if gradient is not None:
@@ -150,16 +180,24 @@ class Trainer:
         self._mean(stats, totals.num_ahead)
         return stats
 
-    def _micro_batch(
-        self, documents: Sequence[Document], chosen: Mapping[int, Tensor] | None, totals: _Totals
-    ) -> tuple[StepStats, Sequence[Tensor | None]]:
+    def _parts(self, documents: Sequence[Document], routes: Routes, rows: Rows) -> list[_Part]:
+        parts, begin, target = [], 0, 0
+        for run in split([len(d) for d in documents], self._micro_tokens):
+            part = documents[run.start : run.stop]
+            here = slice(begin, begin + sum(map(len, part)))
+            own_routes = {name: ids[here] for name, ids in routes.items()}
+            parts.append(_Part(part, target, own_routes, [ids[here] for ids in rows]))
+            begin, target = here.stop, target + count(part, ahead=1)
+        return parts
+
+    def _micro_batch(self, part: _Part, totals: _Totals) -> tuple[StepStats, Sequence[Tensor | None]]:
         """What a run of documents adds to the step: sums of its losses, and its gradients of all leaves."""
         step = Step(self.ops, self._grads, self._act)
         step.index_scale = totals.weights.index / totals.num_tokens
         step.balance_scale = totals.weights.balance / totals.num_tokens
         stats, leaves = StepStats(), list(self.masters.named.values())
-        with self._memory.of(documents) as caches:
-            loss = self._losses(documents, step, totals, stats, (caches, chosen))
+        with self._memory.of(part.documents) as caches:
+            loss = self._losses(part, step, totals, stats, caches)
             gradients: Sequence[Tensor | None] = [None] * len(leaves)
             if loss is not None:
                 gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -168,34 +206,31 @@ class Trainer:
         return stats, gradients
 
     def _losses(
-        self,
-        documents: Sequence[Document],
-        step: Step,
-        totals: _Totals,
-        stats: StepStats,
-        given: tuple[Sequence[LayerCache], Mapping[int, Tensor] | None],
+        self, part: _Part, step: Step, totals: _Totals, stats: StepStats, caches: Sequence[LayerCache]
     ) -> Tensor | None:
         """The scalar whose gradient is this micro-batch's share; None where nothing is a target."""
+        documents = part.documents
         main, ahead = targets(documents, ahead=1), targets(documents, ahead=2)
         if len(main.rows) == 0:
             return None
-        caches, chosen = given
-        ops = DifferentiableOps(self.masters, step, is_dense=self.is_dense, routes=chosen)
+        replay = self._replay(part, caches)
+        ops = DifferentiableOps(self.masters, step, is_dense=self.is_dense, replay=replay)
         model = self._model.on(ops.table())
         batch = pack([d.token_ids for d in documents])
         streams = self._forward(model, ops, batch, caches)
-        logprobs = _token_logprobs(model.logits(streams.index_select(0, main.rows)), main, step)
+        logits = model.logits(streams.index_select(0, main.rows))
+        logprobs = _token_logprobs(logits, main, step)
         _add_task_losses(stats, documents, main, logprobs)
         stats.main = -float(logprobs.detach().sum())
-        loss = logprobs.sum() * (-1.0 / totals.num_targets)
+        loss = totals.objective(logprobs, logits, part.first_target)
         if self._mtp is None or not totals.weights.mtp or len(ahead.rows) == 0:
             return loss
         weights = totals.weights
         heads = MtpInput(shifted(batch), streams, once_each(batch.num_tokens, streams.shape[1]))
         module = self._mtp.on(ops.table())
         passes = _draft_passes(module, heads, caches[-1], behind(batch), weights.mtp_depth)
-        logits = (module.logits(own.index_select(0, ahead.rows)) for own in passes)
-        drafted = torch.stack([_token_logprobs(each, ahead, step).sum() for each in logits]).sum()
+        guesses = (module.logits(own.index_select(0, ahead.rows)) for own in passes)
+        drafted = torch.stack([_token_logprobs(each, ahead, step).sum() for each in guesses]).sum()
         stats.mtp = -float(drafted.detach()) / weights.mtp_depth
         return loss + drafted * (-weights.mtp / (weights.mtp_depth * totals.num_ahead))
 
@@ -217,11 +252,16 @@ class Trainer:
 
     # ---- routing -----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def routes(self, documents: Sequence[Document]) -> Routes:
         """The experts today's parameters choose for these documents, in every learned router: what
         ``backward`` takes as ``routes`` at a later step (anticipatory routing, spec 5.5)."""
+        return self.chosen(documents)[0]
+
+    @torch.no_grad()
+    def chosen(self, documents: Sequence[Document]) -> tuple[Routes, Rows]:
+        """The experts and rows today's parameters choose for these documents."""
         parts: dict[str, list[Tensor]] = {name: [] for name in self.masters.biases}
+        rows: list[list[Tensor]] = []
         for run in split([len(d) for d in documents], self._micro_tokens):
             part = documents[run.start : run.stop]
             step = Step(self.ops, self._grads, self._act)
@@ -235,10 +275,16 @@ class Trainer:
                     self._mtp.on(ops.table()).forward(given, caches[-1])
             for key, ids in ops.chosen.items():
                 parts[self._bias_names[key]].append(ids.to(torch.int16))
-        return {name: torch.cat(ids) for name, ids in parts.items() if ids}
+            rows.append(list(ops.chosen_rows.values()))
+        routes = {name: torch.cat(ids) for name, ids in parts.items() if ids}
+        return routes, [torch.cat(layer) for layer in zip(*rows, strict=True)]
 
-    def _keyed(self, routes: Routes, begin: int, end: int) -> dict[int, Tensor]:
-        return {key: routes[name][begin:end] for key, name in self._bias_names.items()}
+    def _replay(self, part: _Part, caches: Sequence[LayerCache]) -> Replay:
+        keys = [cache.keys for cache in caches if cache.kind == "csa"]
+        experts = {
+            key: part.routes[name].int() for key, name in self._bias_names.items() if name in part.routes
+        }
+        return Replay(experts, {id(k): ids for k, ids in zip(keys, part.rows, strict=False)})
 
     @torch.no_grad()
     def update_biases(self, loads: Mapping[str, Tensor], speed: float) -> None:

@@ -15,6 +15,7 @@ from bittrue.model.deepseek_v4 import DeepseekV4
 from bittrue.model.mtp import Mtp, MtpInput, once_each
 from bittrue.model.presets import Precision
 from bittrue.ops.threads import set_kernel_threads, threads_of
+from bittrue.train.differentiable import UNKNOWN
 from bittrue.train.document import Document
 from bittrue.train.loss import LossWeights
 from bittrue.train.pack import num_pages, pack, shifted
@@ -316,3 +317,41 @@ def test_a_step_lowers_the_loss_of_its_documents() -> None:
     after = trainer.backward(documents, LossWeights())
     assert after.main < before.main and after.mtp < before.mtp
     assert VOCAB == trainer.masters.config.vocab_size
+
+
+def test_rows_of_today_replayed_change_nothing_and_shuffled_ones_do() -> None:
+    trainer = tiny_trainer("f32", draft="mtp", index_topk=4)
+    documents = random_documents((40, 90, 7))
+    routes, rows = trainer.chosen(documents)
+    free = step_gradients(trainer, documents, LossWeights())
+    for leaf in trainer.masters.named.values():
+        leaf.grad = None
+    replayed = trainer.backward(documents, LossWeights(), routes=routes, rows=rows)
+    assert all(torch.equal(grad, free[name]) for name, grad in gradients(trainer).items())
+    unknown = [torch.full_like(ids, UNKNOWN) for ids in rows]
+    assert trainer.backward(documents, LossWeights(), rows=unknown).main == replayed.main
+    # The same numbers of rows, as far back as each token can see, but others.
+    other = [torch.where(ids >= 0, torch.arange(ids.shape[1], dtype=torch.int32), -1) for ids in rows]
+    assert trainer.backward(documents, LossWeights(), rows=other).main != replayed.main
+
+
+def test_an_objective_takes_the_place_of_the_mean_loss() -> None:
+    documents, nothing = random_documents((40, 90, 7)), LossWeights(mtp=0.0, index=0.0, balance=0.0)
+    trainer = tiny_trainer("f32", micro_tokens=60)
+    plain = step_gradients(trainer, documents, nothing)
+    number = sum(int(d.is_target[1:].sum()) for d in documents)
+    told = torch.full((number,), torch.nan)
+
+    def twice_the_mean(logprobs: torch.Tensor, logits: torch.Tensor, first: int) -> torch.Tensor:
+        told[first : first + len(logprobs)] = logprobs.detach()
+        assert logits.shape == (len(logprobs), VOCAB)
+        return logprobs.sum() * (-2.0 / number)
+
+    for leaf in trainer.masters.named.values():
+        leaf.grad = None
+    trainer.backward(documents, nothing, objective=twice_the_mean)
+    assert all(torch.equal(grad, 2 * plain[name]) for name, grad in gradients(trainer).items())
+    # The targets are told in the order of the documents, with the bits `logprobs` gives them.
+    whole = trainer.logprobs(documents)
+    expected = [row[torch.from_numpy(d.is_target[1:])] for row, d in zip(whole, documents, strict=True)]
+    assert torch.equal(told, torch.cat(expected))

@@ -29,7 +29,7 @@ class Recall:
     A record is a key of five letters and, right behind it, its value of two digits; the answer spells it out.
 
     Lengths of the conversation, with byte tokens, are log-uniform between ``min_tokens`` and ``max_tokens``,
-    with 8 to 128 questions, half of the tokens at most. Keys of a file differ; every question asks for any of them.
+    with 8 to 128 questions, half of the tokens at most. Keys of a file differ; a question asks for any.
     """
 
     min_tokens: int = 256

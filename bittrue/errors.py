@@ -15,6 +15,9 @@ BittrueError
 ├── RequestFailed             the engine could not finish this request      -> HTTP 500
 │   └── PoisonRequest         the engine process dies of this request       -> HTTP 500, do not retry
 ├── TrainingFailed            a loss or a gradient is no number             -> exit 2
+├── RolloutInvalid            a rollout's record does not fit together      -> exit 4
+├── ParityBroken              the trainer computes other log-probabilities  -> exit 4
+├── VerifierUnavailable       a checker of answers cannot run here          -> exit 2
 ├── NotFlushed                cached prefixes may still be there            -> HTTP 500
 └── EngineDied                there is no engine process                    -> HTTP 503
 """
@@ -143,6 +146,47 @@ class TrainingFailed(BittrueError):
         super().__init__(message)
         self.step = step
         self.term = term
+
+
+class RolloutInvalid(BittrueError):
+    """What was recorded of a rollout does not fit together: a length, a type or a value is wrong."""
+
+    exit_code = 4
+    code = "rollout_invalid"
+
+    def __init__(self, message: str, *, prompt_key: str = "") -> None:
+        super().__init__(message)
+        self.prompt_key = prompt_key
+
+
+class ParityBroken(BittrueError):
+    """The trainer does not compute what the engine sampled from, or a record does not belong to its
+    tokens. Names the first place: a sequence of the batch and a token of it, -1 where it is all of them."""
+
+    exit_code = 4
+    code = "parity_broken"
+
+    def __init__(self, message: str, *, sequence: int = -1, token: int = -1) -> None:
+        super().__init__(message)
+        self.sequence = sequence
+        self.token = token
+
+
+class VerifierUnavailable(BittrueError):
+    """A checker of answers cannot run here: a library or a sandbox is missing. Says what to install or allow."""
+
+    code = "verifier_unavailable"
+
+
+class PublicationRefused(BittrueError):
+    """New weights are not what was sent, or do not fit those in memory, which stay. Names the tensor."""
+
+    exit_code = 4
+    code = "publication_refused"
+
+    def __init__(self, message: str, *, tensor: str = "") -> None:
+        super().__init__(message)
+        self.tensor = tensor
 
 
 class NotFlushed(BittrueError):

@@ -5,8 +5,9 @@ import itertools
 import json
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -34,6 +35,7 @@ from bittrue.kv.identity import namespace_digest
 from bittrue.kv.manager import KVManager
 from bittrue.kv.moves import Move
 from bittrue.model.batch import Segment
+from bittrue.model.publication import LiveWeights, WeightUpdate
 from bittrue.ops.dispatch import build_of
 from bittrue.ops.recorded import Chosen
 from bittrue.text.detokenize import Detokenizer
@@ -41,6 +43,7 @@ from bittrue.text.stop import StopMatcher
 
 _FETCH_WAIT_S = 0.005  # nothing else to do: look again at the inbox soon
 _MAX_SPACES = 4096  # digests of salts kept
+Running = Literal["retract", "in_place", "abort"]
 
 
 class Engine:
@@ -81,6 +84,7 @@ class Engine:
         self._scheduler = Scheduler(limits, self._kv, parts.budget, self._space)
         self._spaces: dict[str, bytes] = {}
         self._drafting = Drafting(parts.proposer, self._ops, parts.layout.max_draft)
+        self._weights = LiveWeights(dict(parts.loaded.checkpoint.all_tensors()), parts.weight_version)
         self._outputs: dict[str, Output] = {}
         self._ready: list[TokenEvent] = []  # events that need no step
         self._names = itertools.count()
@@ -137,6 +141,29 @@ class Engine:
             num_canary_faults_total=0 if canary is None else canary.num_faults,
             weight_version=self.parts.weight_version,
         )
+
+    def update_weights(self, update: WeightUpdate, *, running: Running = "retract") -> bool:
+        """Makes ``update`` the weights, between two steps; False where they are these already, and nothing
+        happens. Cached prefixes stay, for the version they were computed with. Raises PublicationRefused,
+        nothing changed.
+
+        Sequences under way are computed again with the new weights (``retract``), go on over rows of the old
+        ones (``in_place``: what they say from then on is of no single version), or end (``abort``).
+        """
+        if not self._weights.accepts(update):
+            return False
+        if running == "abort":
+            for request_id in list(self._outputs):
+                self.abort(request_id)
+        # What they computed so far is kept for the old version, before anything changes.
+        self._scheduler.forget_weights(keeps_running=running == "in_place")
+        self._move(self._kv.take_moves())
+        self._weights.apply(update)
+        self._spaces.clear()
+        self.parts = replace(self.parts, weight_version=self._weights.version)
+        for output in self._outputs.values():
+            output.versions.append((len(output.generated), self._weights.version))
+        return True
 
     def flush(self) -> dict[str, int]:
         """Drops every cached prefix on every tier and says how much there was. Raises BittrueError where
@@ -469,6 +496,7 @@ class Engine:
             eos_ids=frozenset([self.config.eos_id]),
             grammar=self.parts.new_grammar(params),
             record=ChoiceRecord(self.config, self.max_context) if request.records_choices else None,
+            versions=[(0, self.parts.weight_version)],
             detokenizer=Detokenizer(tokenizer) if params.stop else None,
             stops=StopMatcher(params.stop) if params.stop else None,
         )
@@ -494,7 +522,8 @@ class Engine:
         choices = None
         if output.record is not None and ending is not None:
             # The last token was never computed.
-            choices = output.record.choices(len(output.request.prompt) + len(output.generated) - 1)
+            num_tokens = len(output.request.prompt) + len(output.generated) - 1
+            choices = output.record.choices(num_tokens, output.versions)
         queued_s = None if output.is_begun else output.queued_s
         output.is_begun = True
         return TokenEvent(

@@ -33,6 +33,7 @@ class Output:
     record: ChoiceRecord | None
     detokenizer: Detokenizer | None
     stops: StopMatcher | None
+    versions: list[tuple[int, str]]  # generated tokens from which on, weight version
     generated: list[int] = field(default_factory=list)
     prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)
     is_prompt_reported: bool = False

@@ -1,5 +1,6 @@
 """What was chosen for the tokens of one sequence: experts by the learned routers, rows by the index."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,9 @@ class ChoiceRecord:
                 picked = ids[rows.start + begin - start : rows.stop]
                 self._rows[begin - free : end - free, i] = picked.numpy()
 
-    def choices(self, num_tokens: int) -> Choices:
-        """Of the first ``num_tokens`` tokens, as many as were computed."""
+    def choices(self, num_tokens: int, versions: Sequence[tuple[int, str]]) -> Choices:
+        """Of the first ``num_tokens`` tokens, as many as were computed. ``versions``: of the weights, by the
+        generated token they begin with."""
         first = num_tokens if self._first is None else min(self._first, num_tokens)
         free = self._first_choice
         first_row = max(first, free)
@@ -56,6 +58,7 @@ class ChoiceRecord:
             first_row=first_row,
             rows=rows.tobytes(),
             row_shape=(*rows.shape, rows.itemsize),
+            versions=tuple(versions),
         )
 
 

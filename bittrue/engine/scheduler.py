@@ -176,6 +176,16 @@ class Scheduler:
         self._preempt(sequence)
         return True
 
+    def forget_weights(self, *, keeps_running: bool) -> None:
+        """The weights change, between two steps. Running sequences wait and are computed again, or with
+        ``keeps_running`` go on over rows of the old weights, which no other sequence will get."""
+        assert self._planned is None, "a step is under way"
+        for sequence in () if keeps_running else tuple(self._running):
+            self._preempt(sequence)
+        self.kv.keep_private()
+        for sequence in self._waiting:  # what is being fetched for them is of the old weights
+            self.kv.forget_fetch(sequence.seq_id)
+
     def set_drafts(self, seq_id: str, drafts: tuple[int, ...]) -> None:
         """Guesses at a sequence's next tokens: as many as there is room for are computed in the next step."""
         self._live[seq_id].drafts = drafts[: self.limits.max_draft]

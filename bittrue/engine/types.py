@@ -61,6 +61,7 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
     first_row: int
     rows: bytes
     row_shape: tuple[int, int, int, int]
+    versions: tuple[tuple[int, str], ...]  # generated token from which on, version of the weights
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):

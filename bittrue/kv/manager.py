@@ -48,6 +48,7 @@ class CachePolicy:
 
 
 NO_CACHE = CachePolicy(is_on=False)
+_NEVER = 1 << 62  # a position no sequence reaches
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +385,12 @@ class KVManager:
         every = self.policy.snapshot_every
         on_grid = every > 0 and position % every == 0
         return self.policy.is_on and position > 0 and (on_grid or position == prompt_end)
+
+    def keep_private(self) -> None:
+        """Nothing that live sequences hold enters the cache from now on: it is not what their namespace
+        stands for any more."""
+        for cache in self._sequences.values():
+            cache.exact_from = _NEVER
 
     def snapshot(self, seq_id: str, tokens: Sequence[int], fold: int) -> None:
         """Takes what the sequence computed, ``tokens``, into the cache, with a copy of its state."""

@@ -109,9 +109,11 @@ MADE = [
     errors.PoisonRequest("died of it"),
     errors.NotFlushed("a page is held"),
     errors.EngineDied("died"),
+    errors.VerifierUnavailable("no sandbox"),
     errors.TrainingFailed("the loss of step 3 is nan", step=3, term="main"),
     errors.RolloutInvalid("9 log-probabilities for 8 tokens", prompt_key="p"),
     errors.ParityBroken("differs", sequence=2, token=5),
+    errors.PublicationRefused("other bytes", tensor="head.weight"),
 ]
 
 

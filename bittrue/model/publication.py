@@ -1,0 +1,167 @@
+"""New weights for a checkpoint in memory: checked on both sides, applied whole or not at all, only once."""
+
+import hashlib
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bittrue.errors import PublicationRefused
+from bittrue.model.export import tensor_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """One tensor of an update. ``data`` holds its bytes or, in a delta, the difference to the bytes before
+    (exclusive or), deflated. ``digest`` is of the bytes after."""
+
+    data: bytes
+    digest: str
+    dtype: str
+    shape: tuple[int, ...]
+    is_delta: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WeightUpdate:
+    """All tensors of a version, or with ``base`` those that differ from that version. ``version`` is the
+    digest of every tensor after it, so two updates to the same weights have the same version."""
+
+    version: str
+    base: str | None
+    payloads: Mapping[str, Payload]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(payload.data) for payload in self.payloads.values())
+
+
+class Publisher:
+    """The side that trains: makes updates out of its published tensors, and remembers the last."""
+
+    def __init__(self) -> None:
+        self._version: str | None = None
+        self._bytes: dict[str, bytes] = {}
+        self._digests: dict[str, str] = {}
+
+    def update(self, tensors: Mapping[str, Tensor], *, is_delta: bool = False) -> WeightUpdate:
+        """The update to ``tensors``, whose bytes are copied; a delta counts from the last one made here."""
+        base = self._version if is_delta else None
+        payloads: dict[str, Payload] = {}
+        for name, tensor in tensors.items():
+            data = tensor_bytes(tensor).numpy().tobytes()
+            before = self._bytes.get(name)
+            if base is not None and data == before:
+                continue
+            digest = self._digests[name] = _digest(data)
+            sent = data if base is None or before is None else zlib.compress(_xor(data, before), 1)
+            facts = (digest, str(tensor.dtype), tuple(tensor.shape), base is not None and before is not None)
+            payloads[name] = Payload(sent, *facts)
+            self._bytes[name] = data
+        self._version = version_of(self._digests)
+        return WeightUpdate(self._version, base, payloads)
+
+
+class LiveWeights:
+    """The side that serves: the tensors of a checkpoint in memory, at addresses that stay, and their version.
+
+    What is derived from the weights elsewhere (cached rows) is the owner's to let go.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], version: str) -> None:
+        """``version``: what they are called until the first update."""
+        self._tensors = tensors
+        self._digests: dict[str, str] | None = None
+        self.version = version
+
+    def accepts(self, update: WeightUpdate) -> bool:
+        """Whether there is anything to apply: False where the weights are these already. Raises
+        PublicationRefused where ``apply`` would."""
+        if update.version == self.version:
+            return False
+        self._stage(update)
+        return True
+
+    def apply(self, update: WeightUpdate) -> None:
+        """Makes ``update`` the weights. Every payload is checked before the first byte is written, and the
+        bytes in memory afterwards. Raises PublicationRefused, the old weights in place."""
+        staged = self._stage(update)
+        for name, data in staged.items():
+            tensor_bytes(self._tensors[name]).copy_(torch.frombuffer(data, dtype=torch.uint8))
+        self._digests = {**self.digests(), **{name: p.digest for name, p in update.payloads.items()}}
+        self.version = update.version
+        self.check()
+
+    def _stage(self, update: WeightUpdate) -> dict[str, bytearray]:
+        if update.base not in (None, self.version):
+            fact = f"the update counts from version {update.base}, the weights are {self.version}"
+            raise PublicationRefused(f"{fact}; send a full update")
+        staged = {name: self._staged(name, payload) for name, payload in update.payloads.items()}
+        digests = {**self.digests(), **{name: payload.digest for name, payload in update.payloads.items()}}
+        found = version_of(digests)
+        if found != update.version:
+            missing = sorted(self._tensors.keys() - update.payloads.keys())
+            fact = f"with these {len(staged)} tensors the weights are {found}, not {update.version}"
+            if update.base is None and missing:
+                fact += f"; tensor {missing[0]} is missing"
+            raise PublicationRefused(f"{fact}; send a full update of every tensor")
+        return staged
+
+    def digests(self) -> dict[str, str]:
+        """Of every tensor's bytes, by name."""
+        if self._digests is None:
+            self._digests = {name: _digest(_held(tensor)) for name, tensor in self._tensors.items()}
+        return self._digests
+
+    def check(self) -> None:
+        """Reads every byte again. Raises PublicationRefused naming a tensor that is not as published."""
+        for name, digest in self.digests().items():
+            if _digest(_held(self._tensors[name])) != digest:
+                fact = f"tensor {name} is not in memory what was published"
+                raise PublicationRefused(f"{fact}; restart the engine", tensor=name)
+
+    def _staged(self, name: str, payload: Payload) -> bytearray:
+        """The bytes of the tensor after the update."""
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise PublicationRefused(
+                f"the model has no tensor {name}; publish the model it serves", tensor=name
+            )
+        shape = tuple(tensor.shape)
+        if (payload.dtype, payload.shape) != (str(tensor.dtype), shape):
+            sent, held = f"{payload.dtype} {list(payload.shape)}", f"{tensor.dtype} {list(shape)}"
+            fact = f"tensor {name} is {sent}, the model has {held}"
+            raise PublicationRefused(f"{fact}; publish the same formats", tensor=name)
+        try:
+            data = _xor(zlib.decompress(payload.data), _held(tensor)) if payload.is_delta else payload.data
+        except (zlib.error, ValueError) as error:
+            fact = f"tensor {name} does not unpack ({error})"
+            raise PublicationRefused(f"{fact}; send it again", tensor=name) from error
+        if len(data) != tensor.nbytes or _digest(data) != payload.digest:
+            raise PublicationRefused(f"tensor {name} arrived with other bytes; send it again", tensor=name)
+        return bytearray(data)
+
+
+def version_of(digests: Mapping[str, str]) -> str:
+    """The version of weights with these tensors: 32 hex digits."""
+    whole = hashlib.blake2b(digest_size=16)
+    for name in sorted(digests):
+        whole.update(f"{name}\0{digests[name]}\0".encode())
+    return whole.hexdigest()
+
+
+def _held(tensor: Tensor) -> bytes:
+    return tensor_bytes(tensor).numpy().tobytes()
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _xor(a: bytes, b: bytes) -> bytes:
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} bytes against {len(b)}")
+    return np.bitwise_xor(np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)).tobytes()

@@ -92,6 +92,7 @@ def test_groups_do_not_see_each_other(estimate) -> None:  # type: ignore[no-unty
 def test_the_score_falls_on_the_last_trainable_token() -> None:
     ids, mask = ints(0, 0, 0, 1, 1, 2), np.array([True, True, False, True, True, False])
     assert token_rewards(floats(2, 3, 9), ids, mask).tolist() == [0, 2, 0, 0, 3, 0]
+    assert token_rewards(floats(2), ints(0, 0), np.ones(2, bool)).tolist() == [0, 2]
     penalties = floats(1, 2, NAN, 3, 4, NAN)
     got = token_rewards(floats(2, NAN, 9), ids, mask, penalties, beta=0.5)
     assert got.tolist() == [-0.5, 1, 0, -1.5, -2, 0]

@@ -157,7 +157,7 @@ def test_off_policy_masking_rejects_only_far_sequences_that_did_badly() -> None:
 def test_everything_rejected_is_reported_as_nothing_left() -> None:
     weights, report = importance_weights(*logs(9, 9), packing(1, 1), ICEPOP)
     assert weights.tolist() == [0, 0]
-    assert (report.ess, report.masked) == (0, 1)
+    assert (report.ess, report.masked, report.clipped) == (0, 1, 0)
 
 
 def test_bounds_out_of_order_are_refused() -> None:

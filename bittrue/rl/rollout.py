@@ -1,0 +1,151 @@
+"""Samples from an engine: a group of rollouts for every prompt."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from bittrue.engine.engine import Engine
+from bittrue.engine.record import expert_ids, row_ids
+from bittrue.engine.types import Choices, Request, SamplingParams, TokenEvent
+from bittrue.errors import RolloutInvalid
+from bittrue.rl.types import Group, Rollout, Span
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is asked, under the name its group has."""
+
+    key: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Answer:
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    last: TokenEvent | None = None
+
+
+class Sampler:
+    """Asks an engine for ``group_size`` answers to each prompt, all at once: it batches them, shares their
+    prompts and drafts as it is set to. ``policy_versions``: number of each weight version it may have."""
+
+    def __init__(
+        self, engine: Engine, params: SamplingParams, *, group_size: int, policy_versions: Mapping[str, int]
+    ) -> None:
+        """``params``: of every answer but for the seed, at temperature 1: the log-probabilities the engine
+        reports are those the tokens were drawn with."""
+        shaped = params.temperature != 1.0 or params.top_p != 1.0 or params.top_k or params.min_p
+        if shaped or not _is_plain(params):
+            raise RolloutInvalid(
+                "tokens would be drawn from another distribution than the log-probabilities that are "
+                "recorded; sample at temperature 1 without top_p, top_k, min_p, penalties, biases or grammars"
+            )
+        self._engine = engine
+        self._params = msgspec.structs.replace(params, logprobs=0)
+        self._group_size = group_size
+        self._policy_versions = policy_versions
+
+    def groups(self, prompts: Sequence[Prompt], *, seed: int) -> list[Group]:
+        """A group for each prompt, in order. The same seed and weights give the same rollouts, however they
+        are computed. Raises RolloutInvalid where an answer ends in an error."""
+        answers: dict[str, _Answer] = {}
+        for prompt in prompts:
+            for i in range(self._group_size):
+                name = f"{prompt.key}/{i}"
+                answers[name] = _Answer()
+                params = msgspec.structs.replace(self._params, seed=_seed(seed, prompt.key, i))
+                self._engine.add(
+                    Request(request_id=name, prompt=prompt.token_ids, params=params, records_choices=True)
+                )
+        while any(answer.last is None for answer in answers.values()):
+            for event in self._engine.step():
+                self._take(event, answers)
+        return [self._group(prompt, answers) for prompt in prompts]
+
+    def _take(self, event: TokenEvent, answers: Mapping[str, _Answer]) -> None:
+        answer = answers[event.request_id]
+        answer.token_ids += event.token_ids
+        answer.logprobs += [entry.logprob for entry in event.logprobs]
+        if event.finish_reason is not None:
+            answer.last = event
+
+    def _group(self, prompt: Prompt, answers: Mapping[str, _Answer]) -> Group:
+        own = [answers[f"{prompt.key}/{i}"] for i in range(self._group_size)]
+        return Group(prompt.key, _shared([self._rollout(prompt, answer) for answer in own]))
+
+    def _rollout(self, prompt: Prompt, answer: _Answer) -> Rollout:
+        event = answer.last
+        assert event is not None and event.finish_reason is not None
+        if event.finish_reason in ("error", "abort") or event.choices is None:
+            fact = f"rollout of prompt {prompt.key} ended with {event.finish_reason}: {event.error}"
+            raise RolloutInvalid(fact, prompt_key=prompt.key)
+        return Rollout(
+            prompt_key=prompt.key,
+            prompt_ids=np.array(prompt.token_ids, np.int32),
+            answer_ids=np.array(answer.token_ids, np.int32),
+            logprobs=np.array(answer.logprobs, np.float32),
+            spans=self._spans(event.choices, len(answer.token_ids)),
+            finish_reason=event.finish_reason,
+            experts=expert_ids(event.choices),
+            index_rows=row_ids(event.choices),
+        )
+
+    def _spans(self, choices: Choices, num_tokens: int) -> tuple[Span, ...]:
+        begins = [min(begin, num_tokens) for begin, _ in choices.versions] + [num_tokens]
+        spans = [
+            Span(self._policy_versions[version], end - begin)
+            for (_, version), begin, end in zip(choices.versions, begins, begins[1:], strict=False)
+            if end > begin
+        ]
+        return tuple(spans)
+
+
+def _shared(rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
+    """Records that begin behind a cached prompt begin where that of a sibling does, which computed it: the
+    same tokens, by the same weights."""
+    longest = max(rollouts, key=_num_unrecorded_of)
+    return tuple(_completed(rollout, longest) for rollout in rollouts)
+
+
+def _num_unrecorded_of(rollout: Rollout) -> int:
+    return -_unrecorded(rollout, rollout.experts)
+
+
+def _unrecorded(rollout: Rollout, record: NDArray[np.unsignedinteger] | None) -> int:
+    """Computed tokens before the first of ``record``."""
+    return rollout.num_tokens - 1 - (0 if record is None else len(record))
+
+
+def _completed(rollout: Rollout, source: Rollout) -> Rollout:
+    is_same = rollout.spans[:1] and source.spans[:1]
+    if not is_same or rollout.spans[0].policy_version != source.spans[0].policy_version:
+        return rollout
+    joined = []
+    for own, other in ((rollout.experts, source.experts), (rollout.index_rows, source.index_rows)):
+        assert own is not None and other is not None
+        begin, end = _unrecorded(source, other), min(_unrecorded(rollout, own), len(rollout.prompt_ids))
+        is_gap = begin < end == _unrecorded(rollout, own)
+        joined.append(np.concatenate([other[: end - begin], own]) if is_gap else own)
+    return replace(rollout, experts=joined[0], index_rows=joined[1])
+
+
+def _seed(seed: int, key: str, index: int) -> int:
+    """Below 2^63, a function of what it is for."""
+    digest = hashlib.blake2b(f"{seed}\n{key}\n{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _is_plain(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty == 1.0
+        and not params.presence_penalty
+        and not params.frequency_penalty
+        and not params.logit_bias
+        and not params.min_tokens
+        and params.grammar is None
+    )

@@ -7,7 +7,7 @@ from bittrue.train.tasks.arithmetic import Arithmetic
 from bittrue.train.tasks.brackets import Brackets
 from bittrue.train.tasks.calc import Calc
 from bittrue.train.tasks.countdown import Countdown
-from bittrue.train.tasks.recall import LEAST_TOKENS, MOST_TOKENS, Recall
+from bittrue.train.tasks.recall import LEAST_TOKENS, MOST_TOKENS, Recall, RecallFar
 from bittrue.train.tasks.reverse import Reverse
 from bittrue.train.tasks.sort import Sort
 from bittrue.train.tasks.task import Task
@@ -15,7 +15,8 @@ from bittrue.train.tasks.task import Task
 _THINK_DIGITS = 5
 _RECALL_LEAST, _RECALL_MOST = 256, 4096
 TASK_NAMES = (
-    "sort", "reverse", "add", "sub", "add-think", "sub-think", "brackets", "countdown", "recall", "calc",
+    "sort", "reverse", "add", "sub", "add-think", "sub-think", "brackets", "countdown", "recall",
+    "recall-far", "calc",
 )  # fmt: skip
 
 
@@ -40,6 +41,7 @@ def all_tasks(
         Brackets(),
         Countdown(),
         Recall(recall_min_tokens, recall_max_tokens),
+        RecallFar(),
         Calc(),
     )
     return {task.name: task for task in tasks}

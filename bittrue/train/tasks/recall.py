@@ -3,6 +3,7 @@
 import hashlib
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bittrue.train.tasks.task import Problem, TextQuestion
@@ -18,6 +19,7 @@ RECORD = 8  # bytes: `qwzrk58` and a line break
 HEAD = "file:\n"
 _FIXED = 7  # begin token, first user token and HEAD, less the user token that every turn counts
 _TURN = 16  # user token, key, two tokens that open the answer, record, end token
+_RULE = ("-" * (RECORD - 1) + "\n") * 17  # more than a window
 LEAST_TOKENS, MOST_TOKENS = 32, _FIXED + RECORD * _NUM_KEYS
 LEAST_TURNS, MOST_TURNS = 8, 128
 
@@ -49,16 +51,38 @@ class Recall:
         return recall_problem(rng, num_tokens, rng.randint(min(LEAST_TURNS, most), most))
 
 
+@dataclass(frozen=True, slots=True)
+class RecallFar:
+    """The same with a rule of dashes between few records and the questions, each about another record: what
+    is asked for is never within a window of 128 tokens. From such files a model learns to look further."""
+
+    name: str = "recall-far"
+    longest: int = 640
+    problems_per_document: tuple[int, int] = (1, 1)
+    is_plain: bool = False
+
+    def problem(self, rng: random.Random) -> Problem:
+        most_records, most_questions = 32, 12
+        num_records = round(2 * math.exp(math.log(most_records / 2) * rng.random()))
+        file, records = _file(rng, num_records)
+        asked = rng.sample(records, min(num_records, most_questions))
+        return _problem(self.name, file + _RULE, asked)
+
+
 def recall_problem(rng: random.Random, num_tokens: int, num_questions: int) -> Problem:
     """One file and ``num_questions`` about it, in one conversation of ``num_tokens`` byte tokens, or up to 7
     fewer; at least one record."""
     file, records = _file(rng, (num_tokens - _FIXED - _TURN * num_questions) // RECORD)
     asked = [records[rng.randrange(len(records))] for _ in range(num_questions)]
+    return _problem("recall", file, asked)
+
+
+def _problem(family: str, file: str, asked: Sequence[str]) -> Problem:
     questions = [_question(record) for record in asked]
     questions[0] = TextQuestion(file + questions[0].prompt, questions[0].answer)
     canonical = hashlib.blake2b(file.encode(), digest_size=16)
     canonical.update("".join(asked).encode())
-    return Problem("recall", canonical.hexdigest(), tuple(questions))
+    return Problem(family, canonical.hexdigest(), tuple(questions))
 
 
 def _question(record: str) -> TextQuestion:

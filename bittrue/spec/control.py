@@ -24,6 +24,7 @@ _MARGIN: Final = 0.02
 # Steps without drafts before one draft is tried: in a new sequence; after that, doubled after each time that
 # did not pay, up to the last.
 NEW_PAUSE: Final = 8
+PLAIN_EVERY: Final = 4
 FIRST_PAUSE: Final = 32
 LAST_PAUSE: Final = 1024
 LOOK_EVERY: Final = 8  # steps without drafts between two looks at whether they pay
@@ -44,7 +45,8 @@ class DraftControl:
     After a step: ``observe_step``, then ``observe_drafts`` for each sequence that had any, ``length_for`` for
     each that decodes next, and ``observe_drafting`` once the drafts are made.
 
-    The first step of a sequence has no drafts, so that the time of such steps is known. A sequence whose
+    The first step of one sequence in PLAIN_EVERY has no drafts, so that the time of such steps is known; the
+    others are drafted for at once, by what was accepted of their predecessors. A sequence whose
     drafts do not pay gets 0, and one draft again after FIRST_PAUSE steps (a new one after NEW_PAUSE), then
     after twice as many each time, up to LAST_PAUSE: under 2 % of a thousand steps and more. When such a draft
     is accepted the text has changed: what was known of the sequence is dropped, and the length rises as
@@ -57,6 +59,7 @@ class DraftControl:
         self._draft_time = _Time()  # per draft
         self._engine = _Places(max_draft, _ENGINE_DECAY)
         self._sequences: dict[str, _Sequence] = {}
+        self._num_begun = 0
         # Drafts and expected tokens of a sequence in a step, over the latest decisions.
         self._mean_drafts = 0.0
         self._mean_tokens = 1.0
@@ -115,7 +118,7 @@ class DraftControl:
             state.is_trying, state.pause = False, FIRST_PAUSE
             if not self._draft_time.is_known:
                 length = 1
-        state.is_new = False
+        state.is_plain = False
         share = 1 / max(4, num_decodes)
         self._mean_drafts += share * (length - self._mean_drafts)
         self._mean_tokens += share * (tokens[length] - self._mean_tokens)
@@ -126,7 +129,7 @@ class DraftControl:
         return self._chances(self._state(seq_id), place + 1)[place]
 
     def _is_ready(self, state: "_Sequence") -> bool:
-        return self._steps.is_known and not state.is_new
+        return self._steps.is_known and not state.is_plain
 
     def _best_length(self, tokens: list[float], num_decodes: int) -> int:
         """The length of the most tokens per second, all sequences together; 0 unless it gains the margin."""
@@ -161,7 +164,10 @@ class DraftControl:
     def _state(self, seq_id: str) -> "_Sequence":
         state = self._sequences.get(seq_id)
         if state is None:
-            state = self._sequences[seq_id] = _Sequence(_Places(self.max_draft, _SEQUENCE_DECAY))
+            is_plain = self._num_begun % PLAIN_EVERY == 0
+            state = _Sequence(_Places(self.max_draft, _SEQUENCE_DECAY), is_plain=is_plain)
+            self._sequences[seq_id] = state
+            self._num_begun += 1
         return state
 
 
@@ -190,7 +196,7 @@ class _Sequence:
     places: _Places
     pause: int = FIRST_PAUSE
     num_idle: int = FIRST_PAUSE - NEW_PAUSE  # steps since the last draft
-    is_new: bool = True
+    is_plain: bool = True  # its next step has no drafts
     is_trying: bool = False  # the draft asked for last does not pay by what is known
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bittrue.spec.control import FIRST_PAUSE, LAST_PAUSE, NEW_PAUSE, DraftControl, StepTimes
+from bittrue.spec.control import FIRST_PAUSE, LAST_PAUSE, NEW_PAUSE, PLAIN_EVERY, DraftControl, StepTimes
 
 Seconds = Callable[[int], float]
 MAX_DRAFT = 8
@@ -123,6 +123,14 @@ def test_a_new_sequence_is_tried_soon_even_where_others_were_hopeless() -> None:
     assert answers == [0] * NEW_PAUSE + [1]
     # Until a draft was made (a proposer may have none) it is asked for again.
     assert world.control.length_for("new", 1) == 1
+
+
+def test_sequences_after_ones_whose_drafts_paid_are_drafted_for_at_once() -> None:
+    """All but one in a few, whose first step tells what a step without drafts takes."""
+    world = World(lambda i: 1.0).run(60)
+    first = [world.control.length_for(f"new {i}", 1) for i in range(4 * PLAIN_EVERY)]
+    assert first.count(0) == 4
+    assert all(length == MAX_DRAFT for length in first if length)
 
 
 def test_text_that_turns_repetitive_is_found_and_rises() -> None:

@@ -1,23 +1,15 @@
 """The run file: every setting of a training run, read from TOML and checked, as one frozen value."""
 
-import difflib
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from bittrue.errors import ConfigError
 from bittrue.model.presets import Precision
-
-
-class Section(BaseModel):
-    """A table of the run file. Types are taken as written: no text for a number, no 1 for true."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+from bittrue.train.run_file import Section, checked, load_run_file, sections_of
 
 
 class ModelSection(Section):
@@ -199,15 +191,6 @@ class TrainConfig(Section):
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
 
-_SECTIONS: Mapping[str, type[Section]] = {
-    "model": ModelSection,
-    "data": DataSection,
-    "optim": OptimSection,
-    "schedule": ScheduleSection,
-    "loss": LossSection,
-    "spike": SpikeSection,
-    "run": RunSection,
-}
 # Where a run stops, what it keeps and what it says; threads are compared on their own.
 _NO_INFLUENCE = frozenset(
     f"run.{name}"
@@ -225,68 +208,19 @@ _NO_INFLUENCE = frozenset(
 
 
 def load_train_config(path: Path, overrides: Mapping[str, object] | None = None) -> TrainConfig:
-    """The run file at ``path``; ``overrides`` replace values by dotted name (``run.steps``).
-
-    Raises ConfigError naming file and place.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the run file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    for dotted, value in (overrides or {}).items():
-        section, _, key = dotted.partition(".")
-        table = values.setdefault(section, {})
-        if isinstance(table, dict):
-            table[key] = value
-    return train_config(values, source=str(path))
+    """The run file at ``path``: see ``load_run_file``."""
+    return load_run_file(TrainConfig, path, overrides)
 
 
 def train_config(values: Mapping[str, Any], *, source: str = "run file") -> TrainConfig:
     """The checked settings. Raises ConfigError naming the place in ``source``."""
-    try:
-        return TrainConfig.model_validate(values)
-    except ValidationError as error:
-        raise _as_config_error(error, source) from error
-
-
-def _as_config_error(error: ValidationError, source: str) -> ConfigError:
-    # An unknown key first: it is often why another one seems to be missing.
-    found = error.errors(include_url=False)
-    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
-    place = ".".join(str(part) for part in first["loc"])
-    prefix = f"{source}: {place}" if place else source
-    if first["type"] == "extra_forbidden":
-        return ConfigError(f"{prefix}: unknown key; {_nearest(place)}", field=place)
-    if first["type"] == "missing":
-        return ConfigError(f"{prefix} is missing", field=place)
-    if first["type"] == "value_error":  # our own text
-        return ConfigError(f"{prefix}: {first['ctx']['error']}", field=place or None)
-    return ConfigError(f"{prefix}: {first['msg']}, got {first['input']!r}", field=place)
-
-
-def _nearest(place: str) -> str:
-    known = _known_keys()
-    last = place.rpartition(".")[2]
-    # The right key in the wrong table; else one that is spelled almost so.
-    close = [name for name in known if name.rpartition(".")[2] == last]
-    close = close or difflib.get_close_matches(place, known, n=1)
-    if close:
-        return f"did you mean {close[0]}?"
-    section = place.partition(".")[0]
-    beside = [name for name in known if name.startswith(f"{section}.")] or list(TrainConfig.model_fields)
-    return f"known: {', '.join(beside)}"
-
-
-def _known_keys() -> list[str]:
-    return [*_SECTIONS, *(f"{name}.{key}" for name, model in _SECTIONS.items() for key in model.model_fields)]
+    return checked(TrainConfig, values, source=source)
 
 
 def setting_help() -> dict[str, tuple[str, str]]:
     """Dotted name -> (default as one would type it, what it is), in the order of the file."""
     rows = {}
-    for section, model in _SECTIONS.items():
+    for section, model in sections_of(TrainConfig).items():
         for key, field in model.model_fields.items():
             default = field.get_default(call_default_factory=True, validated_data={})
             rows[f"{section}.{key}"] = (json.dumps(default), field.description or "")

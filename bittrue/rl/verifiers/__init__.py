@@ -1,0 +1,1 @@
+"""Verifiers: checkers of answers behind one protocol, run in processes that can be killed."""

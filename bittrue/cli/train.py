@@ -1,17 +1,16 @@
 """`bittrue train RUN.toml`: trains a model, or goes on where a run in the same directory stopped."""
 
-import contextlib
 import hashlib
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
+from bittrue.cli.stop import EXIT_STOPPED, stop_on_signal
 from bittrue.errors import ConfigError, TrainingFailed, UsageError
 from bittrue.obs.log import Log
 from bittrue.ops.contracts import OpTable
@@ -27,7 +26,6 @@ from bittrue.train.report import write_report
 from bittrue.train.run import Parts, Progress, Run
 
 CONFIG_FILE = "run.json"
-_EXIT_STOPPED = 130
 _REPORT_S = 120.0  # between reports of a run that goes on
 
 
@@ -57,7 +55,7 @@ def train(
     if export is not None and export.exists() and (not export.is_dir() or any(export.iterdir())):
         raise UsageError(f"{export} exists and is not empty; choose another directory to export to")
     log = Log(sys.stderr)
-    with run_directory(Path(config.run.out)), _stop_on_signal(log) as should_stop:
+    with run_directory(Path(config.run.out)), stop_on_signal(log) as should_stop:
         return _train(config, Path(config.run.out), export, log, should_stop)
 
 
@@ -96,7 +94,7 @@ def _train(
         write_report(out, config, origin.raw, run.spikes, threads=threads)
     if not is_finished:
         log.info("stopped", step=run.step, of=steps)
-        return _EXIT_STOPPED
+        return EXIT_STOPPED
     print(out if export is None else run.export(export, origin.files))
     return 0
 
@@ -115,23 +113,3 @@ def _parts(config: TrainConfig, origin: Origin, ops: OpTable, threads: int) -> P
 
 def _digest(jsonl: str) -> str:
     return hashlib.sha256(Path(jsonl).read_bytes()).hexdigest() if jsonl else ""
-
-
-@contextlib.contextmanager
-def _stop_on_signal(log: Log) -> Iterator[Callable[[], bool]]:
-    """Whether SIGTERM or Ctrl-C has come. The second one ends the program as it would have without this."""
-    caught: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        caught.append(number)
-        signal.signal(number, before[number])
-        log.info("stopping", signal=signal.Signals(number).name, after="this step")
-
-    before = {int(number): signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield lambda: bool(caught)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

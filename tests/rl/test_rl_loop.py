@@ -1,0 +1,114 @@
+"""A run of reinforcement learning: parity at every step, the same bytes however it was interrupted."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from bittrue.cli.main import run as command
+from bittrue.errors import CheckpointError, ConfigError
+from bittrue.obs.log import Log
+from bittrue.rl.assembly import open_policy
+from bittrue.rl.config import RlConfig
+from bittrue.train.metrics import MetricsFile
+from bittrue.train.run_file import checked
+
+MINI = Path(__file__).parents[2] / "models" / "mini"
+STEPS = 4
+
+
+def config(**sections: Any) -> RlConfig:
+    """A short run on countdown, of which the bundled model solves a part."""
+    small = {
+        "model": {"start": str(MINI)},
+        "data": {"tasks": {"countdown": 1.0}, "seed": 3},
+        "rollout": {"prompts": 3, "group": 4, "max_tokens": 16, "kv_memory": "32MiB"},
+        "optim": {"lr": 1e-3},
+        "run": {"steps": STEPS, "threads": 1, "checkpoint_every": 2, "eval_every": 0},
+    }
+    names = small.keys() | sections.keys()
+    return checked(RlConfig, {name: {**small.get(name, {}), **sections.get(name, {})} for name in names})
+
+
+def weights_after(settings: RlConfig, out: Path, *, stop_after: int = 10**9) -> dict[str, Tensor]:
+    """The masters at the end of a run, or after some steps of this process."""
+    out.mkdir(exist_ok=True)
+    done = 0
+
+    def tell(values: object) -> None:
+        nonlocal done
+        done += 1
+
+    log = Log(sys.stderr, "error")
+    with open_policy(settings, out, log) as policy, MetricsFile(out / "metrics.jsonl") as metrics:
+        policy.run.begin(metrics)
+        policy.run.go(metrics, should_stop=lambda: done >= stop_after, tell=tell)
+        return {name: leaf.detach().clone() for name, leaf in policy.trainer.masters.named.items()}
+
+
+def lines_of(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, weights_after(config(), out)
+
+
+def test_the_trainer_computes_what_was_sampled_at_every_step(whole: tuple[Path, dict[str, Tensor]]) -> None:
+    lines = lines_of(whole[0])
+    assert [line["step"] for line in lines] == list(range(STEPS))
+    updates = [line for line in lines if "parity/differing" in line]
+    assert len(updates) >= 2
+    for line in updates:
+        assert line["parity/num_tokens"] > 0
+        assert line["parity/differing"] == line["parity/logprob_abs_diff/max"] == line["parity/k3"] == 0.0
+        assert line["train/ratio/min"] == line["train/ratio/max"] == 1.0
+        assert line["train/grad_norm"] > 0
+    assert all(line["perf/sync_bytes"] > 0 for line in lines[:1])
+    assert any(0 < line["reward/mean"] < 1 for line in lines)
+
+
+def test_drafts_and_batches_do_not_change_a_run(
+    whole: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    other = config(rollout={"speculation": "mtp", "max_running": 3})
+    weights = weights_after(other, tmp_path / "run")
+    assert all(bool((weights[name] == tensor).all()) for name, tensor in whole[1].items())
+
+
+def test_a_run_that_was_stopped_ends_in_the_same_bytes(
+    whole: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    weights_after(config(), out, stop_after=3)
+    (out / "step-000003" / "state.json").unlink()  # the one before is taken: a step is run again
+    weights = weights_after(config(), out)
+    assert all(bool((weights[name] == tensor).all()) for name, tensor in whole[1].items())
+    left, right = lines_of(whole[0]), lines_of(out)
+    seconds = ("perf/", "step")
+    assert [{k: v for k, v in line.items() if not k.startswith(seconds)} for line in left] == [
+        {k: v for k, v in line.items() if not k.startswith(seconds)} for line in right
+    ]
+
+
+def test_a_directory_of_another_run_is_refused(whole: tuple[Path, dict[str, Tensor]]) -> None:
+    with pytest.raises(CheckpointError, match="rollout.group"):
+        weights_after(config(rollout={"group": 5}), whole[0])
+
+
+def test_run_files_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"rollout.grup: unknown key; did you mean rollout.group\?"):
+        config(rollout={"grup": 5})
+    with pytest.raises(ConfigError, match="parity is 'roughly'; choose one of exact"):
+        config(policy={"parity": "roughly"})
+    with pytest.raises(ConfigError, match="calc take several answers"):
+        weights_after(config(data={"tasks": {"calc": 1.0}}), tmp_path / "calc")
+    path = tmp_path / "run.toml"
+    path.write_text('[model]\nstart = "models/mini"\n[data]\ntasks = { sort = 1.0 }\n')
+    assert command(["rl", str(path)]) == 2
+    assert "run.out is missing" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from bittrue.model.presets import Precision
-from bittrue.train.run_file import Section, checked, load_run_file, sections_of
+from bittrue.train.run_file import Section, checked, load_run_file
 
 
 class ModelSection(Section):
@@ -215,13 +215,3 @@ def load_train_config(path: Path, overrides: Mapping[str, object] | None = None)
 def train_config(values: Mapping[str, Any], *, source: str = "run file") -> TrainConfig:
     """The checked settings. Raises ConfigError naming the place in ``source``."""
     return checked(TrainConfig, values, source=source)
-
-
-def setting_help() -> dict[str, tuple[str, str]]:
-    """Dotted name -> (default as one would type it, what it is), in the order of the file."""
-    rows = {}
-    for section, model in sections_of(TrainConfig).items():
-        for key, field in model.model_fields.items():
-            default = field.get_default(call_default_factory=True, validated_data={})
-            rows[f"{section}.{key}"] = (json.dumps(default), field.description or "")
-    return rows

@@ -1,6 +1,7 @@
 """Reads a run file: TOML in sections, every key known, every value of its type."""
 
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,6 +55,17 @@ def sections_of(kind: type[Section]) -> dict[str, type[Section]]:
         assert isinstance(field.annotation, type) and issubclass(field.annotation, Section)
         found[name] = field.annotation
     return found
+
+
+def setting_help(kind: type[Section]) -> dict[str, tuple[str, str]]:
+    """Dotted name -> (default as one would type it, what it is), in the order of the file."""
+    rows = {}
+    for section, model in sections_of(kind).items():
+        for key, field in model.model_fields.items():
+            default = field.get_default(call_default_factory=True, validated_data={})
+            shown = "required" if field.is_required() else json.dumps(default)
+            rows[f"{section}.{key}"] = (shown, field.description or "")
+    return rows
 
 
 def _as_config_error(error: ValidationError, source: str, kind: type[Section]) -> ConfigError:

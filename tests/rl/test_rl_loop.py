@@ -14,7 +14,7 @@ from bittrue.obs.log import Log
 from bittrue.rl.assembly import open_policy
 from bittrue.rl.config import RlConfig
 from bittrue.train.metrics import MetricsFile
-from bittrue.train.run_file import checked
+from bittrue.train.run_file import checked, setting_help
 
 MINI = Path(__file__).parents[2] / "models" / "mini"
 STEPS = 4
@@ -112,3 +112,10 @@ def test_run_files_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path.write_text('[model]\nstart = "models/mini"\n[data]\ntasks = { sort = 1.0 }\n')
     assert command(["rl", str(path)]) == 2
     assert "run.out is missing" in capsys.readouterr().err
+
+
+def test_every_setting_is_in_the_page_of_rl() -> None:
+    text = (MINI.parents[1] / "docs" / "rl.md").read_text(encoding="utf-8")
+    settings = setting_help(RlConfig).items()
+    rows = [f"| `{name}` | `{default}` | {help_line} |" for name, (default, help_line) in settings]
+    assert [row for row in rows if row not in text] == []

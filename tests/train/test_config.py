@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from bittrue.errors import ConfigError
-from bittrue.train.config import TrainConfig, load_train_config, setting_help, train_config
+from bittrue.train.config import TrainConfig, load_train_config, train_config
+from bittrue.train.run_file import setting_help
 
 LEAST = "[data.tasks]\nsort = 1.0\n"
 
@@ -131,7 +132,6 @@ def test_the_identity_survives_json() -> None:
 
 def test_every_setting_is_in_the_page_of_training() -> None:
     text = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-    rows = [
-        f"| `{name}` | `{default}` | {help_line} |" for name, (default, help_line) in setting_help().items()
-    ]
+    settings = setting_help(TrainConfig).items()
+    rows = [f"| `{name}` | `{default}` | {help_line} |" for name, (default, help_line) in settings]
     assert [row for row in rows if row not in text] == []

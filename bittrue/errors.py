@@ -173,7 +173,8 @@ class ParityBroken(BittrueError):
 
 
 class VerifierUnavailable(BittrueError):
-    """A checker of answers cannot run here: a library or a sandbox is missing. Says what to install or allow."""
+    """A checker of answers cannot run here: a library or a sandbox is missing. Says what to install or
+    allow."""
 
     code = "verifier_unavailable"
 

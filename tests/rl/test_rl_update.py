@@ -1,4 +1,4 @@
-"""Rollouts, their gradient and the next weights: on policy the trainer computes the very bits that were sampled."""
+"""Rollouts, their gradient, the next weights: on policy the trainer computes the very bits sampled."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -73,6 +73,7 @@ def test_the_trainer_computes_what_was_sampled_at_every_step(whole: tuple[Path, 
     assert any(0 < line["reward/mean"] < 1 for line in lines)
 
 
+@pytest.mark.slow
 def test_drafts_and_batches_do_not_change_a_run(
     whole: tuple[Path, dict[str, Tensor]], tmp_path: Path
 ) -> None:

@@ -98,6 +98,7 @@ def test_nobody_there_is_a_crash(pool: Pool, address: str) -> None:
     assert pool.judge(Http(address), answer_of("x")).outcome == "crash"
 
 
+@pytest.mark.slow
 def test_no_adversarial_answer_scores(pool: Pool, url: str) -> None:
     rows = run_audit(pool, cases_for(Http(f"{url}/compare", "42", {"x-key": "k"}), "42"))
     assert all(row.holds for row in rows), audit_table(rows)

@@ -59,6 +59,7 @@ def test_part_of_a_score_is_no_score(gym: Pool) -> None:
     assert gym.judge(loose, answer_of("42 43")).score == 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["evaluates", "generous"])
 @pytest.mark.parametrize("oracle", ["42", "[[1, 0], [0, 1]]"])
 def test_no_adversarial_answer_scores(gym: Pool, dataset: str, oracle: str) -> None:

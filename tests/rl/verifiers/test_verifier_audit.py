@@ -25,6 +25,7 @@ def test_the_corpus_tries_every_verifier_that_needs_nothing() -> None:
     assert min(counted.values()) >= 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_adversarial_answer_scores(hasty: Pool, kind: str) -> None:
     cases = [case for case in corpus() if case.verifier.kind == kind]

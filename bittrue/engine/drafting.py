@@ -33,6 +33,7 @@ class Drafting:
         self._proposer = proposer
         self._ops = ops
         self._control = DraftControl(max_draft)
+        self._num_captures = 0  # when the last drafts were made
         self._rest = 0  # steps that a lazy proposer need not hear of, because drafts did not pay just now,
         self._resting: tuple[str, ...] = ()  # for these sequences
 
@@ -64,8 +65,11 @@ class Drafting:
         """
         if self._proposer is None:
             return []
-        drafting_s = time.perf_counter()
-        self._control.observe_step(num_rows, drafting_s - begun_s)
+        drafting_s, captures = time.perf_counter(), self._captures()
+        # A time in which something was captured says nothing about the next one.
+        if captures == self._num_captures:
+            self._control.observe_step(num_rows, drafting_s - begun_s)
+        self._num_captures = captures
         for each in live:
             if each.part.drafts and each.draw is not None and not each.sequence.is_finished:
                 accepted = len(each.draw.token_ids) - 1
@@ -99,10 +103,14 @@ class Drafting:
             return chosen
 
         proposed = self._proposer.after_step(streams, views, choose)
-        if any(wants.values()):
-            self._control.observe_drafting(sum(map(len, proposed)), time.perf_counter() - drafting_s)
+        took_s, self._num_captures = time.perf_counter() - drafting_s, self._captures()
+        if any(wants.values()) and captures == self._num_captures:
+            self._control.observe_drafting(sum(map(len, proposed)), took_s)
         pairs = [(each.sequence, found) for each, found in zip(live, proposed, strict=True)]
         return [(one.seq_id, found) for one, found in pairs if found and not one.is_finished]
+
+    def _captures(self) -> int:
+        return 0 if self._ops.capture is None else self._ops.capture.count
 
     def _wants(self, live: Seq[Drafted]) -> dict[str, int]:
         """How many drafts pay, for each sequence that decodes and has more than one token to go."""

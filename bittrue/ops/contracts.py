@@ -131,8 +131,11 @@ class Captured(Protocol):
 
 class Capture(Protocol):
     """Takes a function of an OpTable that only calls ops and reshapes. Its inputs are read again, in place, at every
-    replay; its results last until the next replay of any function captured by the same table."""
+    replay; its results last until the next replay of any function captured by the same table. ``count``: functions
+    captured so far."""
 
+    @property
+    def count(self) -> int: ...
     def __call__(self, function: Callable[["OpTable"], Any], /) -> Captured: ...
     def covers(self, table: "OpTable", /) -> bool: ...
 

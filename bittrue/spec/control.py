@@ -56,7 +56,9 @@ class DraftControl:
     def __init__(self, max_draft: int) -> None:
         self.max_draft = max_draft
         self._steps = StepTimes()
-        self._draft_time = _Time()  # per draft
+        self._drafting = (
+            StepTimes()
+        )  # by the drafts of all sequences: most of it may be the same for any number
         self._engine = _Places(max_draft, _ENGINE_DECAY)
         self._sequences: dict[str, _Sequence] = {}
         self._num_begun = 0
@@ -72,8 +74,7 @@ class DraftControl:
 
     def observe_drafting(self, num_drafts: int, seconds: float) -> None:
         """Making ``num_drafts`` drafts, of all sequences, took that long."""
-        if num_drafts > 0:
-            self._draft_time.observe(seconds / num_drafts)
+        self._drafting.observe(num_drafts, seconds)
 
     def observe_drafts(self, seq_id: str, num_drafted: int, num_accepted: int) -> None:
         """Of ``num_drafted`` drafts of a step the first ``num_accepted`` became output."""
@@ -116,7 +117,7 @@ class DraftControl:
             length = int(state.is_trying)
         elif length > 0:
             state.is_trying, state.pause = False, FIRST_PAUSE
-            if not self._draft_time.is_known:
+            if not self._drafting.is_known:
                 length = 1
         state.is_plain = False
         share = 1 / max(4, num_decodes)
@@ -137,11 +138,15 @@ class DraftControl:
         rows, drafts = num_decodes + others * self._mean_drafts, others * self._mean_drafts
         rates = [
             (others * self._mean_tokens + expected)
-            / (self._steps.seconds(rows + k) + (drafts + k) * self._draft_time.seconds)
+            / (self._steps.seconds(rows + k) + self._drafting_seconds(drafts + k))
             for k, expected in enumerate(tokens)
         ]
         best = max(range(len(rates)), key=rates.__getitem__)  # the first of equals
         return best if rates[best] > rates[0] * (1 + _MARGIN / num_decodes) else 0
+
+    def _drafting_seconds(self, num_drafts: float) -> float:
+        """Nothing until it is known: it is tried then."""
+        return self._drafting.seconds(num_drafts) if self._drafting.is_known else 0.0
 
     def _expected_tokens(self, state: "_Sequence", most: int) -> list[float]:
         """Tokens a step emits with 0 .. ``most`` drafts."""
@@ -233,8 +238,8 @@ class _Size:
 
 
 class StepTimes:
-    """Seconds of a step by its rows: estimates of the sizes seen, never falling with the rows, and straight
-    lines between them."""
+    """Seconds of a step by its rows, or of drafting by its drafts: estimates of the sizes seen, never falling
+    with the size, and straight lines between them."""
 
     def __init__(self) -> None:
         self._sizes: dict[int, _Size] = {}
@@ -255,6 +260,8 @@ class StepTimes:
 
     def seconds(self, rows: float) -> float:
         """What a step of ``rows`` rows is expected to take; in steps of one row where none was seen."""
+        if rows <= 0:
+            return 0.0
         if self._points is None:
             self._points = self._fit()
         at, times = self._points

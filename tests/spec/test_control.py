@@ -249,3 +249,18 @@ def test_a_forgotten_sequence_leaves_nothing() -> None:
         world.control.forget(str(i))
     assert not world.control._sequences
     world.control.forget("unknown")
+
+
+def test_drafting_that_costs_the_same_for_any_number_is_done_for_the_most() -> None:
+    """One replay makes all drafts of a sequence: what it costs beside them is no reason for fewer."""
+    control = DraftControl(4)
+    chosen = []
+    length = 0
+    for _ in range(200):
+        control.observe_step(1 + length, 0.00021 + 0.00005 * length)
+        if length:
+            control.observe_drafts("a", length, length)
+        length = control.length_for("a", 1)
+        chosen.append(length)
+        control.observe_drafting(length, 0.00025 + 0.00002 * length)
+    assert chosen[-100:] == [4] * 100

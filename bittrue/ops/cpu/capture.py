@@ -208,12 +208,14 @@ class CpuCapture:
         self._table = table
         self._table_of = table_of
         self._workspace = Workspace()
+        self.count = 0
 
     def covers(self, table: OpTable) -> bool:
         """Whether every op of ``table`` is one that a capture would hold."""
         return all(getattr(table, name) is getattr(self._table, name) for name in table.op_names())
 
     def __call__(self, function: Callable[[OpTable], Any]) -> CapturedCalls:
+        self.count += 1
         kernels = _WritingKernels(self._kernels.isa, self._kernels.library)
         table = self._table_of(kernels)
         self._workspace.rewind()

@@ -26,7 +26,7 @@ _DECODE = BodyDecoder(GenerateBody)
 class Generated(msgspec.Struct, kw_only=True):
     """The answer, or in a stream what one event adds. An entry of ``logprobs``: [id, lp, [[id, lp], ..]].
 
-    ``num_drafted``, ``num_accepted``: drafts so far, and those that became output. ``choices``: with the end,
+    ``num_drafted``, ``num_accepted``: drafts so far, and those that became output. ``record``: with the end,
     where ``record`` asked for them; bytes are base64.
     """
 
@@ -41,7 +41,7 @@ class Generated(msgspec.Struct, kw_only=True):
     num_cached_tokens: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
-    choices: Choices | None = None
+    record: Choices | None = None
     weight_version: str = ""
 
 
@@ -124,7 +124,7 @@ class _Renderer:
             num_cached_tokens=self._num_cached,
             num_drafted=event.num_drafted,
             num_accepted=event.num_accepted,
-            choices=event.choices,
+            record=event.choices,
         )
         if self._collects:
             self._add(part)
@@ -141,4 +141,4 @@ class _Renderer:
         whole.finish_reason, whole.stop_match = part.finish_reason, part.stop_match
         whole.num_cached_tokens = part.num_cached_tokens
         whole.num_drafted, whole.num_accepted = part.num_drafted, part.num_accepted
-        whole.choices = part.choices
+        whole.record = part.record

@@ -139,9 +139,9 @@ def test_generate_tells_what_was_chosen_for_its_tokens(program: Program, directo
         last = next(iter(engine.step()[-1:]), last)
     engine.close()
     assert last is not None and last.choices is not None
-    assert msgspec.convert(answer["choices"], Choices) == last.choices
+    assert msgspec.convert(answer["record"], Choices) == last.choices
     del body["record"]
-    assert program.http.post("/generate", json=body).json()["choices"] is None
+    assert program.http.post("/generate", json=body).json()["record"] is None
 
 
 def test_echo_gives_the_scores_of_the_prompt(program: Program, directory: Path) -> None:

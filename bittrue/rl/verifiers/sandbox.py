@@ -32,7 +32,7 @@ _PROBE_SECONDS = 30.0
 
 # What a program in the sandbox observes about itself. Prints one JSON object.
 _PROBE = """
-import json, os, resource, socket
+import json, os, resource, socket, sys
 def refused(act):
     try:
         act()
@@ -63,7 +63,7 @@ print(json.dumps({
     "no network": only_loopback and refused(lambda: socket.create_connection(("127.0.0.1", 9), 0.2)),
     "read-only root": refused(write),
     "private processes": os.getpid() < 8,
-    "private /tmp": os.getcwd() == "/tmp" and os.listdir("/tmp") == [],
+    "private /tmp": os.getcwd() == "/tmp" and set(os.listdir("/tmp")) <= set(sys.argv[1:]),
     "counted processes": resource.getrlimit(resource.RLIMIT_NPROC)[0] < 64 and refused(children),
 }))
 """
@@ -197,7 +197,9 @@ def _probe(kind: IsolationKind, refused: tuple[str, ...]) -> Isolation:
     release = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
     if kind == "namespaces" and release < _LEAST_KERNEL:
         raise VerifierUnavailable(f"Linux {os.uname().release} is older than 5.14")
-    command = [sys.executable, "-I", "-S", "-B", "-c", _PROBE]
+    # What is visible may lie in /tmp: a checkout there, say.
+    given = [Path(path).parts[2] for _, path in _visible(()) if path.startswith("/tmp/")]
+    command = [sys.executable, "-I", "-S", "-B", "-c", _PROBE, *given]
     process = start(command, kind, Limits(processes=4, cpu_seconds=5))
     try:
         output, _ = process.communicate(timeout=_PROBE_SECONDS)

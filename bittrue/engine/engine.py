@@ -150,7 +150,8 @@ class Engine:
         Sequences under way are computed again with the new weights (``retract``), go on over rows of the old
         ones (``in_place``: what they say from then on is of no single version), or end (``abort``).
         """
-        if not self._weights.accepts(update):
+        staged = self._weights.stage(update)
+        if staged is None:
             return False
         if running == "abort":
             for request_id in list(self._outputs):
@@ -158,7 +159,7 @@ class Engine:
         # What they computed so far is kept for the old version, before anything changes.
         self._scheduler.forget_weights(keeps_running=running == "in_place")
         self._move(self._kv.take_moves())
-        self._weights.apply(update)
+        self._weights.apply(staged)
         self._spaces.clear()
         self.parts = replace(self.parts, weight_version=self._weights.version)
         for output in self._outputs.values():

@@ -39,6 +39,16 @@ class WeightUpdate:
         return sum(len(payload.data) for payload in self.payloads.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """An update found sound: the bytes of its tensors, and the digests of all, after it."""
+
+    version: str
+    counts_from: str
+    data: Mapping[str, bytearray]
+    digests: dict[str, str]
+
+
 class Publisher:
     """The side that trains: makes updates out of its published tensors, and remembers the last."""
 
@@ -77,25 +87,20 @@ class LiveWeights:
         self._digests: dict[str, str] | None = None
         self.version = version
 
-    def accepts(self, update: WeightUpdate) -> bool:
-        """Whether there is anything to apply: False where the weights are these already. Raises
-        PublicationRefused where ``apply`` would."""
-        if update.version == self.version:
-            return False
-        self._stage(update)
-        return True
+    def stage(self, update: WeightUpdate) -> Staged | None:
+        """``update``, every payload unpacked and checked; None where the weights are these already. Raises
+        PublicationRefused. Nothing is changed."""
+        return None if update.version == self.version else self._stage(update)
 
-    def apply(self, update: WeightUpdate) -> None:
-        """Makes ``update`` the weights. Every payload is checked before the first byte is written, and the
-        bytes in memory afterwards. Raises PublicationRefused, the old weights in place."""
-        staged = self._stage(update)
-        for name, data in staged.items():
+    def apply(self, staged: Staged) -> None:
+        """Makes what was staged the weights, and checks the bytes in memory afterwards."""
+        assert staged.counts_from == self.version, "the weights changed since it was staged"
+        for name, data in staged.data.items():
             tensor_bytes(self._tensors[name]).copy_(torch.frombuffer(data, dtype=torch.uint8))
-        self._digests = {**self.digests(), **{name: p.digest for name, p in update.payloads.items()}}
-        self.version = update.version
+        self._digests, self.version = staged.digests, staged.version
         self.check()
 
-    def _stage(self, update: WeightUpdate) -> dict[str, bytearray]:
+    def _stage(self, update: WeightUpdate) -> Staged:
         if update.base not in (None, self.version):
             fact = f"the update counts from version {update.base}, the weights are {self.version}"
             raise PublicationRefused(f"{fact}; send a full update")
@@ -108,7 +113,7 @@ class LiveWeights:
             if update.base is None and missing:
                 fact += f"; tensor {missing[0]} is missing"
             raise PublicationRefused(f"{fact}; send a full update of every tensor")
-        return staged
+        return Staged(found, self.version, staged, digests)
 
     def digests(self) -> dict[str, str]:
         """Of every tensor's bytes, by name."""

@@ -24,6 +24,12 @@ def tensors(seed: int, *, like: dict[str, Tensor] | None = None, changed: float 
     return {name: torch.where(mask[name], made[name], like[name]) for name in made}
 
 
+def applied(live: LiveWeights, update: WeightUpdate) -> None:
+    staged = live.stage(update)
+    assert staged is not None
+    live.apply(staged)
+
+
 def copy(of: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in of.items()}
 
@@ -37,24 +43,22 @@ def test_a_full_update_gives_the_published_bytes_and_a_second_time_nothing() -> 
     served = copy(old)
     addresses = {name: tensor.data_ptr() for name, tensor in served.items()}
     live, update = LiveWeights(served, "first"), Publisher().update(new)
-    assert live.accepts(update)
-    live.apply(update)
+    applied(live, update)
     assert equal(served, new) and live.version == update.version
     assert {name: tensor.data_ptr() for name, tensor in served.items()} == addresses
-    assert not live.accepts(update)
-    live.apply(update)
+    assert live.stage(update) is None
     assert equal(served, new)
 
 
 def test_deltas_in_a_row_give_the_same_weights_as_full_updates_with_fewer_bytes() -> None:
     first = tensors(0)
     publisher, live = Publisher(), LiveWeights(served := copy(first), "first")
-    live.apply(full := publisher.update(first))
+    applied(live, full := publisher.update(first))
     now = first
     for seed in range(1, 4):
         now = tensors(seed, like=now, changed=0.01)
         delta = publisher.update(now, is_delta=True)
-        live.apply(delta)
+        applied(live, delta)
         assert equal(served, now)
         assert delta.version == Publisher().update(now).version == live.version
         assert delta.num_bytes < full.num_bytes / 4
@@ -86,7 +90,7 @@ def test_what_arrives_otherwise_is_refused_by_name_and_changes_nothing() -> None
     }
     for text, fault in faults.items():
         with pytest.raises(PublicationRefused, match=text):
-            live.apply(fault)
+            live.stage(fault)
         assert equal(served, old) and live.version == "first", text
 
 
@@ -96,13 +100,13 @@ def test_a_delta_to_other_weights_is_refused_even_where_versions_agree() -> None
     delta = publisher.update(tensors(1), is_delta=True)
     live = LiveWeights(served := tensors(2), base.version)
     with pytest.raises(PublicationRefused, match="other bytes"):
-        live.apply(delta)
+        live.stage(delta)
     assert equal(served, tensors(2))
 
 
 def test_a_byte_that_changes_in_memory_is_found() -> None:
     live = LiveWeights(served := tensors(0), "first")
-    live.apply(Publisher().update(tensors(1)))
+    applied(live, Publisher().update(tensors(1)))
     live.check()
     served["bf16"][3, 3] += 1
     with pytest.raises(PublicationRefused, match="tensor bf16"):

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bittrue.cli.stop import EXIT_STOPPED, stop_on_signal
 from bittrue.errors import ConfigError, UsageError
@@ -17,6 +15,7 @@ from bittrue.rl.assembly import open_policy
 from bittrue.rl.config import RlConfig
 from bittrue.train.checkpoint import run_directory, write_file
 from bittrue.train.metrics import METRICS_FILE, MetricsFile
+from bittrue.train.progress import step_bar
 from bittrue.train.run_file import load_run_file
 
 CONFIG_FILE = "run.json"
@@ -67,18 +66,7 @@ def _rl(config: RlConfig, out: Path, export: Path | None, log: Log, should_stop:
 @contextlib.contextmanager
 def _bar(log: Log, step: int, steps: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
     """A bar on a terminal, elsewhere a line of the log for every step."""
-    bar = Progress(
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[shown]}"),
-        TimeRemainingColumn(),
-        console=Console(file=log.stream),
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-        disable=not log.stream.isatty(),
-    )
+    bar = step_bar(log)
     task = bar.add_task("rl", total=steps, completed=step, shown="")
     done = step
 

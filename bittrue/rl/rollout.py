@@ -108,12 +108,8 @@ class Sampler:
 def _shared(rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:
     """Records that begin behind a cached prompt begin where that of a sibling does, which computed it: the
     same tokens, by the same weights."""
-    longest = max(rollouts, key=_num_unrecorded_of)
+    longest = min(rollouts, key=lambda rollout: _unrecorded(rollout, rollout.experts))
     return tuple(_completed(rollout, longest) for rollout in rollouts)
-
-
-def _num_unrecorded_of(rollout: Rollout) -> int:
-    return -_unrecorded(rollout, rollout.experts)
 
 
 def _unrecorded(rollout: Rollout, record: NDArray[np.unsignedinteger] | None) -> int:

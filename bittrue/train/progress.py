@@ -20,18 +20,7 @@ class TrainProgress:
 
     def __init__(self, log: Log, *, step: int, steps: int, every: int) -> None:
         self._log, self._steps, self._every = log, steps, every
-        self._bar = Bar(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeRemainingColumn(),
-            console=Console(file=log.stream),
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-            disable=not log.stream.isatty(),
-        )
+        self._bar = step_bar(log)
         self._task = self._bar.add_task("train", total=steps, completed=step, shown="")
         # (time, tokens of the step that ended then)
         self._recent: deque[tuple[float, int]] = deque([(time.perf_counter(), 0)], maxlen=_RECENT + 1)
@@ -76,3 +65,19 @@ class TrainProgress:
         seconds = self._recent[-1][0] - self._recent[0][0]
         tokens = sum(count for _, count in list(self._recent)[1:])
         return tokens / seconds if seconds else 0.0
+
+
+def step_bar(log: Log) -> Bar:
+    """A bar of steps with a text beside it, ``shown``; disabled where the log is no terminal."""
+    return Bar(
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeRemainingColumn(),
+        console=Console(file=log.stream),
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        disable=not log.stream.isatty(),
+    )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import torch
@@ -26,6 +26,7 @@ from bittrue.engine.types import (
     EngineStats,
     MemoryReport,
     Request,
+    Running,
     SamplingParams,
     TokenEvent,
     TokenLogprob,
@@ -43,7 +44,6 @@ from bittrue.text.stop import StopMatcher
 
 _FETCH_WAIT_S = 0.005  # nothing else to do: look again at the inbox soon
 _MAX_SPACES = 4096  # digests of salts kept
-Running = Literal["retract", "in_place", "abort"]
 
 
 class Engine:
@@ -127,6 +127,10 @@ class Engine:
         elif self._scheduler.has_work and not events:
             self._kv.wait_for_fetches(_FETCH_WAIT_S)
         return events
+
+    def poll(self) -> list[TokenEvent]:
+        """What came without waiting: nothing, an engine in this process computes in ``step``."""
+        return []
 
     def stats(self) -> EngineStats:
         stats = self._scheduler.stats()

@@ -6,6 +6,8 @@ from typing import Literal
 import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+# What becomes of sequences under way when the weights change.
+Running = Literal["retract", "in_place", "abort"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -144,23 +144,30 @@ class DeepseekV4:
         return streams
 
     def logits(self, streams: Tensor) -> Tensor:
-        """Logits [R, V] f32 of R rows of streams [R, M, D]: collapse the streams, normalise, project (2.1
-        steps 3-4)."""
-        return self.head(streams, self.parameters.hc_head, self.parameters.norm)
+        """Logits [R, V] f32 of R rows of streams [R, M, D] (2.1 steps 3-4)."""
+        return self.project(self.hidden(streams))
 
-    def head(self, streams: Tensor, collapse: HyperConnection, norm: Tensor) -> Tensor:
-        """The same with another collapse and norm before the head: a draft layer has its own."""
+    def hidden(self, streams: Tensor) -> Tensor:
+        """What the head reads [R, D] act, of R rows of streams [R, M, D]: collapsed and normalised (2.1 step
+        3)."""
+        return self.collapse(streams, self.parameters.hc_head, self.parameters.norm)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits [R, V] f32 of what the head reads [R, D] act (2.1 step 4)."""
+        return self.ops.linear(hidden, self.parameters.head, out_dtype=torch.float32)
+
+    def collapse(self, streams: Tensor, by: HyperConnection, norm: Tensor) -> Tensor:
+        """``hidden`` with another collapse and norm: a draft layer has its own."""
         config = self.config
-        h = self.ops.hc_head(
+        return self.ops.hc_head(
             streams.contiguous(),
-            collapse.fn,
-            collapse.base,
-            collapse.scale,
+            by.fn,
+            by.base,
+            by.scale,
             norm,
             eps=config.hc_eps,
             norm_eps=config.norm_eps,
         )
-        return self.ops.linear(h, self.parameters.head, out_dtype=torch.float32)
 
     # ---- blocks (2.6) ------------------------------------------------------------------------------------
 

@@ -74,7 +74,8 @@ class Mtp:
 
     def logits(self, streams: Tensor) -> Tensor:
         """Logits [T, V] f32 of the token two after each position, from the module's streams [T, M, D]."""
-        return self.model.head(streams, self.parameters.hc_head, self.parameters.norm)
+        hidden = self.model.collapse(streams, self.parameters.hc_head, self.parameters.norm)
+        return self.model.project(hidden)
 
     def _mix(self, given: MtpInput) -> Tensor:
         """W_e RMS(E[next token]) + W_h RMS(H_k) for each stream H_k, [T, M, D] act."""

@@ -19,7 +19,7 @@ from bittrue.rl.advantage import drop_reasons, group_report, grpo, leave_one_out
 from bittrue.rl.config import RlConfig
 from bittrue.rl.metrics import StepReports, flatten
 from bittrue.rl.problems import Asked, Problems
-from bittrue.rl.rollout import Sampler
+from bittrue.rl.rollout import Inbox, Sampler
 from bittrue.rl.types import Rollout, Scored
 from bittrue.rl.update import UpdateReport, backward
 from bittrue.train.checkpoint import Checkpoints, Snapshot, check_same
@@ -160,7 +160,7 @@ class PolicyRun:
         asked = self._parts.problems.of_step(self.step, rollout.prompts)
         params = SamplingParams(max_tokens=rollout.max_tokens, temperature=1.0)
         sampler = Sampler(
-            self._parts.engine, params, group_size=rollout.group, policy_versions=self._versions
+            Inbox(self._parts.engine), params, group_size=rollout.group, policy_versions=self._versions
         )
         found = sampler.groups([each.prompt for each in asked], seed=data.seed + self.step)
         scored = [

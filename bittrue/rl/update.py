@@ -61,10 +61,11 @@ class PolicyObjective:
         self.recomputed = torch.full_like(self.behaviour, torch.nan)
         self.entropies = torch.zeros_like(self.behaviour, dtype=torch.float64)
         self._options = options
+        self.leaves: Sequence[Tensor] = ()
         self.packing = Packing(self.sequence_ids, self.mask, len(rollouts))
         self._totals = Totals.of(self.packing, length=options.length)
 
-    def __call__(self, logprobs: Tensor, logits: Tensor, first: int) -> Tensor:
+    def __call__(self, logprobs: Tensor, logits: Tensor, hidden: Tensor, first: int) -> Tensor:
         here, options = slice(first, first + len(logprobs)), self._options
         self.recomputed[here] = logprobs.detach()
         ids = self.sequence_ids[here] - self.sequence_ids[first]

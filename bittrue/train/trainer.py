@@ -35,13 +35,28 @@ Rows = Sequence[Tensor]
 
 
 class Objective(Protocol):
-    """What a step minimises, of the log-probabilities of its targets."""
+    """What a step minimises, of the log-probabilities of its targets. ``leaves``: parameters of its own,
+    which get gradients as the masters do."""
 
-    def __call__(self, logprobs: Tensor, logits: Tensor, first: int) -> Tensor:
+    @property
+    def leaves(self) -> Sequence[Tensor]: ...
+
+    def __call__(self, logprobs: Tensor, logits: Tensor, hidden: Tensor, first: int) -> Tensor:
         """A scalar: the share of the targets ``first`` .. ``first + n - 1``, in the order of the documents.
-        ``logprobs`` [n] f32, ``logits`` [n, V] f32. Called for disjoint shares, by several threads at once.
-        """
+        ``logprobs`` [n] f32, ``logits`` [n, V] f32, ``hidden`` [n, D] act: what the head read. Called for
+        disjoint shares, by several threads at once."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Likelihood:
+    """The mean negative log-probability of the targets."""
+
+    num_targets: int
+    leaves: Sequence[Tensor] = ()
+
+    def __call__(self, logprobs: Tensor, logits: Tensor, hidden: Tensor, first: int) -> Tensor:
+        return logprobs.sum() * (-1.0 / self.num_targets)
 
 
 @dataclass(slots=True)
@@ -163,18 +178,14 @@ class Trainer:
         """Adds the gradients of the step's loss to the masters' ``grad``. ``routes`` and ``rows``: choices
         made before for the same documents, as ``chosen`` gives them. ``objective``: in place of the mean
         negative log-probability of the targets; the other losses are added to it."""
-        num_targets = count(documents, ahead=1)
-
-        def nll(logprobs: Tensor, logits: Tensor, first: int) -> Tensor:
-            return logprobs.sum() * (-1.0 / num_targets)
-
-        num_ahead = count(documents, ahead=2)
-        totals = _Totals(sum(map(len, documents)), num_targets, num_ahead, weights, objective or nll)
+        num_targets, num_ahead = count(documents, ahead=1), count(documents, ahead=2)
+        objective = objective or _Likelihood(num_targets)
+        totals = _Totals(sum(map(len, documents)), num_targets, num_ahead, weights, objective)
         stats = StepStats(num_tokens=totals.num_tokens, num_targets=num_targets)
         parts = self._parts(documents, routes or {}, rows or ())
         for found, gradients in self.crew.map(lambda part: self._micro_batch(part, totals), parts):
             _merge(stats, found)
-            for leaf, gradient in zip(self.masters.named.values(), gradients, strict=True):
+            for leaf, gradient in zip(self._leaves(objective), gradients, strict=True):
                 if gradient is not None:
                     leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
         self._mean(stats, totals.num_ahead)
@@ -195,7 +206,7 @@ class Trainer:
         step = Step(self.ops, self._grads, self._act)
         step.index_scale = totals.weights.index / totals.num_tokens
         step.balance_scale = totals.weights.balance / totals.num_tokens
-        stats, leaves = StepStats(), list(self.masters.named.values())
+        stats, leaves = StepStats(), self._leaves(totals.objective)
         with self._memory.of(part.documents) as caches:
             loss = self._losses(part, step, totals, stats, caches)
             gradients: Sequence[Tensor | None] = [None] * len(leaves)
@@ -218,11 +229,12 @@ class Trainer:
         model = self._model.on(ops.table())
         batch = pack([d.token_ids for d in documents])
         streams = self._forward(model, ops, batch, caches)
-        logits = model.logits(streams.index_select(0, main.rows))
+        hidden = model.hidden(streams.index_select(0, main.rows))
+        logits = model.project(hidden)
         logprobs = _token_logprobs(logits, main, step)
         _add_task_losses(stats, documents, main, logprobs)
         stats.main = -float(logprobs.detach().sum())
-        loss = totals.objective(logprobs, logits, part.first_target)
+        loss = totals.objective(logprobs, logits, hidden, part.first_target)
         if self._mtp is None or not totals.weights.mtp or len(ahead.rows) == 0:
             return loss
         weights = totals.weights
@@ -233,6 +245,9 @@ class Trainer:
         drafted = torch.stack([_token_logprobs(each, ahead, step).sum() for each in guesses]).sum()
         stats.mtp = -float(drafted.detach()) / weights.mtp_depth
         return loss + drafted * (-weights.mtp / (weights.mtp_depth * totals.num_ahead))
+
+    def _leaves(self, objective: Objective) -> list[Tensor]:
+        return [*self.masters.named.values(), *objective.leaves]
 
     def _forward(
         self, model: DeepseekV4, ops: DifferentiableOps, batch: Batch, caches: Sequence[LayerCache]
@@ -258,26 +273,28 @@ class Trainer:
         return self.chosen(documents)[0]
 
     @torch.no_grad()
-    def chosen(self, documents: Sequence[Document]) -> tuple[Routes, Rows]:
-        """The experts and rows today's parameters choose for these documents."""
+    def chosen(
+        self, documents: Sequence[Document], *, routes: Routes | None = None, rows: Rows | None = None
+    ) -> tuple[Routes, Rows]:
+        """The experts and rows today's parameters choose for these documents, where ``routes`` and ``rows``
+        (as for ``backward``) leave a choice."""
         parts: dict[str, list[Tensor]] = {name: [] for name in self.masters.biases}
-        rows: list[list[Tensor]] = []
-        for run in split([len(d) for d in documents], self._micro_tokens):
-            part = documents[run.start : run.stop]
+        found_rows: list[list[Tensor]] = []
+        for part in self._parts(documents, routes or {}, rows or ()):
             step = Step(self.ops, self._grads, self._act)
-            ops = DifferentiableOps(self.masters, step, is_dense=self.is_dense)
-            model = self._model.on(ops.table())
-            batch = pack([d.token_ids for d in part])
-            with self._memory.of(part) as caches:
-                streams = self._forward(model, ops, batch, caches)
+            batch = pack([d.token_ids for d in part.documents])
+            with self._memory.of(part.documents) as caches:
+                replay = self._replay(part, caches)
+                ops = DifferentiableOps(self.masters, step, is_dense=self.is_dense, replay=replay)
+                streams = self._forward(self._model.on(ops.table()), ops, batch, caches)
                 if self._mtp is not None:
                     given = MtpInput(shifted(batch), streams, once_each(batch.num_tokens, streams.shape[1]))
                     self._mtp.on(ops.table()).forward(given, caches[-1])
             for key, ids in ops.chosen.items():
                 parts[self._bias_names[key]].append(ids.to(torch.int16))
-            rows.append(list(ops.chosen_rows.values()))
-        routes = {name: torch.cat(ids) for name, ids in parts.items() if ids}
-        return routes, [torch.cat(layer) for layer in zip(*rows, strict=True)]
+            found_rows.append(list(ops.chosen_rows.values()))
+        found_routes = {name: torch.cat(ids) for name, ids in parts.items() if ids}
+        return found_routes, [torch.cat(layer) for layer in zip(*found_rows, strict=True)]
 
     def _replay(self, part: _Part, caches: Sequence[LayerCache]) -> Replay:
         keys = [cache.keys for cache in caches if cache.kind == "csa"]
@@ -296,26 +313,33 @@ class Trainer:
     # ---- log-probabilities -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def logprobs(self, documents: Sequence[Document], *, chunk: int | None = None) -> list[Tensor]:
+    def logprobs(
+        self,
+        documents: Sequence[Document],
+        *,
+        chunk: int | None = None,
+        routes: Routes | None = None,
+        rows: Rows | None = None,
+    ) -> list[Tensor]:
         """Log-probability of every token after the first of each document, given those before it, in nats:
         [n - 1] f32 each, the values ``Engine.score`` gives. ``chunk``: tokens of a document taken at a time.
+        ``routes`` and ``rows`` as for ``backward``, of whole documents.
         """
+        assert chunk is None or not (routes or rows), "choices are those of whole documents"
         results: list[Tensor] = []
-        for run in split([len(d) for d in documents], self._micro_tokens):
-            part = documents[run.start : run.stop]
-            with self._memory.of(part) as caches:
+        for part in self._parts(documents, routes or {}, rows or ()):
+            with self._memory.of(part.documents) as caches:
                 results += self._chunked(part, chunk, caches)
         return results
 
-    def _chunked(
-        self, documents: Sequence[Document], chunk: int | None, caches: Sequence[LayerCache]
-    ) -> list[Tensor]:
+    def _chunked(self, part: _Part, chunk: int | None, caches: Sequence[LayerCache]) -> list[Tensor]:
+        documents, replay = part.documents, self._replay(part, caches)
         lengths = [len(d) for d in documents]
         size = chunk or max(lengths)
         found: list[list[Tensor]] = [[] for _ in documents]
         for start in range(0, max(lengths), size):
             step = Step(self.ops, self._grads, self._act)
-            ops = DifferentiableOps(self.masters, step)
+            ops = DifferentiableOps(self.masters, step, replay=replay)
             model = self._model.on(ops.table())
             begins = [min(start, length) for length in lengths]
             pieces = [d.token_ids[b : b + size] for d, b in zip(documents, begins, strict=True)]
@@ -331,6 +355,26 @@ class Trainer:
                     ids = torch.from_numpy(following.astype("int64"))
                     found[i].append(TokenLogprob.apply(logits, step, ids))  # type: ignore[no-untyped-call]
         return [torch.cat(parts) if parts else torch.zeros(0) for parts in found]
+
+    # ---- hidden states -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def hidden(self, documents: Sequence[Document]) -> Tensor:
+        """What the head reads for every target, in the order of ``Objective``: [N, D] act."""
+        found: list[Tensor] = []
+        for run in split([len(d) for d in documents], self._micro_tokens):
+            part = documents[run.start : run.stop]
+            ops = DifferentiableOps(self.masters, Step(self.ops, self._grads, self._act))
+            model = self._model.on(ops.table())
+            with self._memory.of(part) as caches:
+                streams = self._forward(model, ops, pack([d.token_ids for d in part]), caches)
+            found.append(model.hidden(streams.index_select(0, targets(part, ahead=1).rows)))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits [N, V] f32 of what ``hidden`` gave."""
+        return self._model.project(hidden)
 
     # ---- the checkpoint ----------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from bittrue.errors import ParityBroken, RolloutInvalid
 from bittrue.model.publication import Publisher
 from bittrue.rl.advantage import grpo
 from bittrue.rl.replay import document_of, routes_of, rows_of
-from bittrue.rl.rollout import Prompt, Sampler
+from bittrue.rl.rollout import Inbox, Prompt, Sampler
 from bittrue.rl.types import Rollout
 from bittrue.rl.update import UpdateOptions, backward
 from bittrue.train.trainer import Trainer
@@ -46,7 +46,7 @@ def engine(trainer: Trainer, tmp_path: Path) -> Iterator[Engine]:
 
 
 def sampled(engine: Engine, versions: dict[str, int], *, seed: int = 0) -> list[Rollout]:
-    sampler = Sampler(engine, PARAMS, group_size=GROUP, policy_versions=versions)
+    sampler = Sampler(Inbox(engine), PARAMS, group_size=GROUP, policy_versions=versions)
     return [rollout for group in sampler.groups(prompts(seed), seed=seed) for rollout in group.rollouts]
 
 
@@ -134,4 +134,4 @@ def test_replay_of_a_shuffled_record_is_no_replay(trainer: Trainer, engine: Engi
 def test_sampling_that_shapes_the_distribution_is_refused(trainer: Trainer, engine: Engine) -> None:
     for params in (SamplingParams(temperature=0.7), SamplingParams(top_p=0.9), SamplingParams(min_tokens=3)):
         with pytest.raises(RolloutInvalid, match="temperature 1"):
-            Sampler(engine, params, group_size=2, policy_versions={})
+            Sampler(Inbox(engine), params, group_size=2, policy_versions={})

@@ -342,15 +342,27 @@ def test_an_objective_takes_the_place_of_the_mean_loss() -> None:
     number = sum(int(d.is_target[1:].sum()) for d in documents)
     told = torch.full((number,), torch.nan)
 
-    def twice_the_mean(logprobs: torch.Tensor, logits: torch.Tensor, first: int) -> torch.Tensor:
-        told[first : first + len(logprobs)] = logprobs.detach()
-        assert logits.shape == (len(logprobs), VOCAB)
-        return logprobs.sum() * (-2.0 / number)
+    hidden_states = trainer.hidden(documents)
+    scale = torch.tensor(2.0, requires_grad=True)
+
+    class TwiceTheMean:
+        leaves = (scale,)
+
+        def __call__(
+            self, logprobs: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor, first: int
+        ) -> torch.Tensor:
+            here = slice(first, first + len(logprobs))
+            told[here] = logprobs.detach()
+            assert torch.equal(hidden, hidden_states[here])
+            assert torch.equal(logits, trainer.project(hidden_states[here]))
+            return logprobs.sum() * (-scale / number)
 
     for leaf in trainer.masters.named.values():
         leaf.grad = None
-    trainer.backward(documents, nothing, objective=twice_the_mean)
+    trainer.backward(documents, nothing, objective=TwiceTheMean())
     assert all(torch.equal(grad, 2 * plain[name]) for name, grad in gradients(trainer).items())
+    assert scale.grad is not None  # a leaf of the objective's own: the loss is proportional to it
+    assert float(scale.grad) == pytest.approx(-float(told.double().sum()) / number, rel=1e-6)
     # The targets are told in the order of the documents, with the bits `logprobs` gives them.
     whole = trainer.logprobs(documents)
     expected = [row[torch.from_numpy(d.is_target[1:])] for row, d in zip(whole, documents, strict=True)]

@@ -2,8 +2,6 @@
 
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -13,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from bittrue.errors import UsageError
+from bittrue.obs.machine import checkout, processor
 
 Benchmark = Literal[
     "ops",
@@ -88,7 +87,7 @@ def new_result(
     """A result of the present machine, checkout and moment."""
     return Result(
         benchmark=benchmark,
-        machine=_processor(),
+        machine=processor(),
         cores=os.cpu_count() or 1,
         commit=_commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -147,23 +146,6 @@ def read_results(folder: Path) -> dict[str, Result]:
     }
 
 
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def _commit() -> str:
-    root = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    head = git("rev-parse", "--short=12", "HEAD")
-    if not head:
-        return "unknown"
-    return head + ("+" if git("status", "--porcelain", "--", ".") else "")
+    found = checkout(Path(__file__).parents[1])
+    return "unknown" if found is None else found.commit[:12] + ("+" if found.is_dirty else "")

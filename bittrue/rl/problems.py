@@ -1,28 +1,39 @@
-"""The project's own tasks as prompts for a policy, with their checkers."""
+"""The project's own tasks as a source of prompts, judged by their checkers in this process."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, overload
 
 from bittrue.errors import ConfigError
+from bittrue.rl import source
 from bittrue.rl.rollout import Prompt
 from bittrue.rl.types import Outcome, Rollout, Scored
+from bittrue.rl.verifiers.health import Health
 from bittrue.text.parser import parse_answer
 from bittrue.text.tokenizer import Tokenizer
 from bittrue.train.tasks.catalogue import make_tasks
 from bittrue.train.tasks.render import Renderer
 from bittrue.train.tasks.task import Problem, Split, problem_in, seeded
 
+_DIGESTED = 64  # prompts of the first step that stand in the digest for what the tasks generate
+
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(source.Asked):
     """A problem and the prompt that asks it."""
 
-    problem: Problem
-    prompt: Prompt
+    judge: Problem = field(repr=False)
+
+    @property
+    def problem(self) -> Problem:
+        return self.judge
 
 
 class Problems:
-    """Problems of a run: the same for the same step, none of them in another split."""
+    """Problems of a run: the same for the same step, none of them in another split. Their checkers are
+    bounded and take any text, so no process of their own is needed."""
 
     def __init__(
         self, tokenizer: Tokenizer, weights: Mapping[str, float], *, seed: int, split: Split = "train"
@@ -48,13 +59,34 @@ class Problems:
         asked = []
         for place, task in enumerate(tasks):
             problem = problem_in(task, self._split, rng)
-            key = f"{task.name}-{step}-{place}"
-            asked.append(Asked(problem, Prompt(key, tuple(self._renderer.prompt(problem)))))
+            prompt = Prompt(f"{task.name}-{step}-{place}", tuple(self._renderer.prompt(problem)))
+            asked.append(Asked(prompt, task.name, problem))
         return asked
 
-    def score(self, asked: Asked, rollouts: Sequence[Rollout]) -> list[Scored]:
-        """1 for an answer its checker takes, else 0; one cut at its limit is wrong."""
-        return [Scored(rollout, *self._verdict(asked.problem, rollout)) for rollout in rollouts]
+    @overload
+    def score(self, pairs: Sequence[tuple[source.Asked, Sequence[Rollout]]]) -> list[list[Scored]]: ...
+
+    @overload
+    def score(self, pairs: Asked, rollouts: Sequence[Rollout]) -> list[Scored]: ...
+
+    def score(self, pairs: Any, rollouts: Sequence[Rollout] = ()) -> Any:
+        """1 for an answer its checker takes, else 0; one cut at its limit is unparsable."""
+        if isinstance(pairs, Asked):
+            return [self._scored(pairs, rollout) for rollout in rollouts]
+        return [[self._scored(asked, rollout) for rollout in rollouts] for asked, rollouts in pairs]
+
+    def digest(self) -> str:
+        """Of tasks, weights, seed and split, and of the first prompts: the generators may change too."""
+        weights = {task.name: weight for task, weight in self._tasks.items()}
+        first = [asked.prompt.token_ids for asked in self.of_step(0, _DIGESTED)]
+        facts = ["tasks", weights, self._seed, self._split, first]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def health(self) -> Health | None:
+        return None
+
+    def close(self) -> None:
+        return
 
     def is_right(self, problem: Problem, token_ids: Sequence[int]) -> bool:
         """Whether these tokens, the end token among them, answer the problem."""
@@ -70,8 +102,10 @@ class Problems:
         )
         return problem.questions[0].check([answer])
 
-    def _verdict(self, problem: Problem, rollout: Rollout) -> tuple[float, Outcome]:
+    def _scored(self, asked: source.Asked, rollout: Rollout) -> Scored:
+        assert isinstance(asked.judge, Problem), "another source asked this"
         if rollout.is_truncated:
-            return 0.0, "unparsable"
-        is_right = self.is_right(problem, rollout.answer_ids.tolist())
-        return (1.0, "right") if is_right else (0.0, "wrong")
+            return Scored(rollout, 0.0, "unparsable")
+        is_right = self.is_right(asked.judge, rollout.answer_ids.tolist())
+        outcome: Outcome = "right" if is_right else "wrong"
+        return Scored(rollout, float(is_right), outcome)

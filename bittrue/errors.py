@@ -17,6 +17,7 @@ BittrueError
 ├── TrainingFailed            a loss or a gradient is no number             -> exit 2
 ├── RolloutInvalid            a rollout's record does not fit together      -> exit 4
 ├── ParityBroken              the trainer computes other log-probabilities  -> exit 4
+├── CertificateInvalid        a run is not what its certificate says        -> exit 4
 ├── VerifierUnavailable       a checker of answers cannot run here          -> exit 2
 ├── NotFlushed                cached prefixes may still be there            -> HTTP 500
 └── EngineDied                there is no engine process                    -> HTTP 503
@@ -170,6 +171,17 @@ class ParityBroken(BittrueError):
         super().__init__(message)
         self.sequence = sequence
         self.token = token
+
+
+class CertificateInvalid(BittrueError):
+    """A certificate was changed, or what it was made from. Names the first field that differs."""
+
+    exit_code = 4
+    code = "certificate_invalid"
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class VerifierUnavailable(BittrueError):

@@ -113,6 +113,7 @@ MADE = [
     errors.TrainingFailed("the loss of step 3 is nan", step=3, term="main"),
     errors.RolloutInvalid("9 log-probabilities for 8 tokens", prompt_key="p"),
     errors.ParityBroken("differs", sequence=2, token=5),
+    errors.CertificateInvalid("another file", field="files.run.json"),
     errors.PublicationRefused("other bytes", tensor="head.weight"),
 ]
 

@@ -36,7 +36,8 @@ from bittrue.kv.identity import namespace_digest
 from bittrue.kv.manager import KVManager
 from bittrue.kv.moves import Move
 from bittrue.model.batch import Segment
-from bittrue.model.publication import LiveWeights, WeightUpdate
+from bittrue.model.publication import LiveWeights
+from bittrue.model.weight_update import WeightUpdate
 from bittrue.ops.dispatch import build_of
 from bittrue.ops.recorded import Chosen
 from bittrue.text.detokenize import Detokenizer

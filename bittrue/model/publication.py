@@ -11,32 +11,7 @@ from torch import Tensor
 
 from bittrue.errors import PublicationRefused
 from bittrue.model.export import tensor_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Payload:
-    """One tensor of an update. ``data`` holds its bytes or, in a delta, the difference to the bytes before
-    (exclusive or), deflated. ``digest`` is of the bytes after."""
-
-    data: bytes
-    digest: str
-    dtype: str
-    shape: tuple[int, ...]
-    is_delta: bool
-
-
-@dataclass(frozen=True, slots=True)
-class WeightUpdate:
-    """All tensors of a version, or with ``base`` those that differ from that version. ``version`` is the
-    digest of every tensor after it, so two updates to the same weights have the same version."""
-
-    version: str
-    base: str | None
-    payloads: Mapping[str, Payload]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(len(payload.data) for payload in self.payloads.values())
+from bittrue.model.weight_update import Payload, WeightUpdate
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,25 +29,27 @@ class Publisher:
 
     def __init__(self) -> None:
         self._version: str | None = None
-        self._bytes: dict[str, bytes] = {}
-        self._digests: dict[str, str] = {}
+        self._whole: dict[str, Payload] = {}
 
     def update(self, tensors: Mapping[str, Tensor], *, is_delta: bool = False) -> WeightUpdate:
-        """The update to ``tensors``, whose bytes are copied; a delta counts from the last one made here."""
+        """The update to ``tensors``, whose bytes are copied once; a delta counts from the last one made
+        here."""
         base = self._version if is_delta else None
         payloads: dict[str, Payload] = {}
+        whole = dict(self._whole)
         for name, tensor in tensors.items():
             data = tensor_bytes(tensor).numpy().tobytes()
-            before = self._bytes.get(name)
-            if base is not None and data == before:
+            before = whole.get(name)
+            if base is not None and before is not None and data == before.data:
                 continue
-            digest = self._digests[name] = _digest(data)
-            sent = data if base is None or before is None else zlib.compress(_xor(data, before), 1)
-            facts = (digest, str(tensor.dtype), tuple(tensor.shape), base is not None and before is not None)
-            payloads[name] = Payload(sent, *facts)
-            self._bytes[name] = data
-        self._version = version_of(self._digests)
-        return WeightUpdate(self._version, base, payloads)
+            facts = (_digest(data), str(tensor.dtype), tuple(tensor.shape))
+            whole[name] = payloads[name] = Payload(data, *facts, is_delta=False)
+            if base is not None and before is not None:
+                difference = zlib.compress(_xor(data, before.data), 1)
+                payloads[name] = Payload(difference, *facts, is_delta=True)
+        self._whole = whole
+        self._version = version_of({name: payload.digest for name, payload in whole.items()})
+        return WeightUpdate(self._version, base, payloads, None if base is None else whole)
 
 
 class LiveWeights:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from bittrue.engine.record import expert_ids, row_ids
 from bittrue.engine.types import Choices, EngineStats, Request, Running, SamplingParams, TokenEvent
 from bittrue.errors import RolloutInvalid
-from bittrue.model.publication import WeightUpdate
+from bittrue.model.weight_update import WeightUpdate
 from bittrue.rl.types import Group, Rollout, Span
 
 

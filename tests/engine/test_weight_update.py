@@ -9,7 +9,8 @@ from support.small import small_checkpoint
 
 from bittrue.engine.engine import Engine, Running
 from bittrue.engine.types import Request, SamplingParams
-from bittrue.model.publication import Publisher, WeightUpdate
+from bittrue.model.publication import Publisher
+from bittrue.model.weight_update import WeightUpdate
 from bittrue.model.weights import load_checkpoint
 
 VOCAB = 512

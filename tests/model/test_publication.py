@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from bittrue.errors import PublicationRefused
-from bittrue.model.publication import LiveWeights, Payload, Publisher, WeightUpdate
+from bittrue.model.publication import LiveWeights, Publisher
+from bittrue.model.weight_update import Payload, WeightUpdate
 
 
 def tensors(seed: int, *, like: dict[str, Tensor] | None = None, changed: float = 1.0) -> dict[str, Tensor]:
@@ -64,6 +65,22 @@ def test_deltas_in_a_row_give_the_same_weights_as_full_updates_with_fewer_bytes(
         assert delta.num_bytes < full.num_bytes / 4
     untouched = publisher.update({**now, "f32": now["f32"] + 1}, is_delta=True)
     assert set(untouched.payloads) == {"f32"}
+
+
+def test_a_delta_gives_the_full_update_to_its_weights_without_a_copy() -> None:
+    first, publisher = tensors(0), Publisher()
+    full = publisher.update(first)
+    assert full.full() is full
+    second = {**first, "f32": first["f32"] + 1}
+    delta = publisher.update(second, is_delta=True)
+    third = publisher.update(tensors(1), is_delta=True)
+    applied(live := LiveWeights(served := tensors(5), "other"), delta.full())
+    assert equal(served, second) and live.version == delta.version
+    assert delta.full().payloads["fp4"].data is full.payloads["fp4"].data
+    applied(live, third.full())
+    assert equal(served, tensors(1))
+    with pytest.raises(PublicationRefused, match="came without the rest"):
+        replace(delta, whole=None).full()
 
 
 def corrupted(update: WeightUpdate, name: str, **facts: object) -> WeightUpdate:

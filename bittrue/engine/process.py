@@ -15,7 +15,8 @@ from typing import Any, Protocol
 from bittrue.config.load import run_config_from_json
 from bittrue.config.run import RunConfig
 from bittrue.engine.outbox import Outbox
-from bittrue.engine.types import Abort, EngineStats, MemoryReport, Request, TokenEvent
+from bittrue.engine.types import Abort, EngineStats, MemoryReport, Request, Running, TokenEvent
+from bittrue.engine.weight_parts import UpdateParts
 from bittrue.engine.wire import (
     HEADER_BYTES,
     Flush,
@@ -28,11 +29,14 @@ from bittrue.engine.wire import (
     Shutdown,
     StepDone,
     ToEngine,
+    Updated,
+    UpdatePart,
     body_bytes,
     decode_to_engine,
     refusal,
 )
-from bittrue.errors import BittrueError, EngineDied
+from bittrue.errors import BittrueError, EngineDied, PublicationRefused
+from bittrue.model.weight_update import WeightUpdate
 from bittrue.obs.log import Log
 from bittrue.obs.progress import LoadProgress
 
@@ -51,7 +55,8 @@ class ServedEngine(Protocol):
 
     Events of a request with ``resume`` hold only the tokens after those. ``has_work()``: ``step()`` gets on.
     ``verified``: identity of the checkpoint's files, found sound. ``flush()`` drops every cached prefix and
-    says how much, by kind; BittrueError when something stayed.
+    says how much, by kind; BittrueError when something stayed. ``update_weights()`` says whether anything
+    changed; PublicationRefused, and nothing did.
     """
 
     @property
@@ -65,6 +70,7 @@ class ServedEngine(Protocol):
     def step(self) -> list[TokenEvent]: ...
     def has_work(self) -> bool: ...
     def flush(self) -> dict[str, int]: ...
+    def update_weights(self, update: WeightUpdate, *, running: Running) -> bool: ...
     def stats(self) -> EngineStats: ...
     def memory(self) -> MemoryReport: ...
     def fingerprint(self) -> dict[str, Any]: ...
@@ -93,13 +99,13 @@ def main(fd: int) -> int:
     threading.Thread(target=_read_messages, args=(link, inbox), name="inbox", daemon=True).start()
     outbox = Outbox(link, on_gone=lambda: os._exit(0))  # the server process has gone
     try:
-        return _serve(inbox, outbox.send)
+        return serve(inbox, outbox.send)
     finally:
         outbox.close(_LAST_WORDS_S)
 
 
-def _serve(inbox: "queue.SimpleQueue[ToEngine]", send: Callable[[FromEngine], None]) -> int:
-    """Builds the engine and runs it until Shutdown. Returns the exit code."""
+def serve(inbox: "queue.SimpleQueue[ToEngine]", send: Callable[[FromEngine], None]) -> int:
+    """Builds the engine that the first message names and runs it until Shutdown. Returns the exit code."""
     engine: ServedEngine | None = None
     try:
         hello = inbox.get()
@@ -175,15 +181,19 @@ def _run(
     engine: ServedEngine, inbox: "queue.SimpleQueue[ToEngine]", send: Callable[[FromEngine], None]
 ) -> None:
     """Takes in what has arrived, steps, reports; sleeps on the inbox without work. Returns on Shutdown."""
+    parts = UpdateParts()
     while True:
-        if not _take_in(engine, inbox, send):
+        if not _take_in(engine, inbox, send, parts):
             return
         events = engine.step() if engine.has_work() else []
         send(StepDone(events=events, stats=engine.stats()))
 
 
 def _take_in(
-    engine: ServedEngine, inbox: "queue.SimpleQueue[ToEngine]", send: Callable[[FromEngine], None]
+    engine: ServedEngine,
+    inbox: "queue.SimpleQueue[ToEngine]",
+    send: Callable[[FromEngine], None],
+    parts: UpdateParts,
 ) -> bool:
     """Handles every waiting message, waiting for one if the engine is idle. False on Shutdown."""
     while True:
@@ -203,6 +213,8 @@ def _take_in(
                 send(Pong(ping_id=message.ping_id, stats=engine.stats()))
             case Flush():
                 send(_flushed(engine, message.flush_id))
+            case UpdatePart():
+                _update(engine, message, parts, send)
             case Shutdown():
                 return False
             case Hello():
@@ -216,3 +228,18 @@ def _flushed(engine: ServedEngine, flush_id: int) -> Flushed:
         return Flushed(flush_id=flush_id, dropped=engine.flush())
     except BittrueError as error:
         return Flushed(flush_id=flush_id, error=str(error))
+
+
+def _update(
+    engine: ServedEngine, part: UpdatePart, parts: UpdateParts, send: Callable[[FromEngine], None]
+) -> None:
+    """Takes in one part of new weights; the last one makes them the engine's."""
+    is_changed, refused = False, None
+    try:
+        update = parts.take(part)
+        if update is None:
+            return
+        is_changed = engine.update_weights(update, running=part.running)
+    except PublicationRefused as error:
+        refused = refusal(None, error)
+    send(Updated(update_id=part.update_id, is_changed=is_changed, stats=engine.stats(), refusal=refused))

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from bittrue import errors
-from bittrue.engine.types import Abort, EngineStats, MemoryReport, Request, TokenEvent
+from bittrue.engine.types import Abort, EngineStats, MemoryReport, Request, Running, TokenEvent
 
 _LENGTH = struct.Struct("<I")
 HEADER_BYTES = _LENGTH.size
@@ -30,6 +30,32 @@ class Flush(msgspec.Struct, frozen=True, kw_only=True, tag="flush"):
     """Asks the engine to drop every cached prefix, on all tiers; answered by Flushed."""
 
     flush_id: int
+
+
+class TensorPiece(msgspec.Struct, frozen=True, array_like=True):
+    """Bytes of a tensor of an update (model/weight_update.Payload), from ``offset`` on, of ``num_bytes``."""
+
+    name: str
+    digest: str
+    dtype: str
+    shape: tuple[int, ...]
+    is_delta: bool
+    num_bytes: int
+    offset: int
+    data: memoryview  # of the frame it came in
+
+
+class UpdatePart(msgspec.Struct, frozen=True, kw_only=True, tag="update"):
+    """Part ``index`` of new weights. They are applied when the last has come, between two steps; answered by
+    one Updated. ``running``: what becomes of sequences under way."""
+
+    update_id: int
+    index: int
+    is_last: bool
+    version: str
+    base: str | None
+    running: Running
+    pieces: list[TensorPiece]
 
 
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag="shutdown"):
@@ -82,8 +108,20 @@ class Flushed(msgspec.Struct, frozen=True, kw_only=True, tag="flushed"):
     error: str | None = None
 
 
-ToEngine = Hello | Request | Abort | Ping | Flush | Shutdown
-FromEngine = Ready | Refused | StepDone | Pong | Flushed
+class Updated(msgspec.Struct, frozen=True, kw_only=True, tag="updated"):
+    """The answer to an update: steps before it ran on the old weights, steps behind it on these.
+
+    ``is_changed`` False: they were these already, or with a ``refusal`` they stayed what they were.
+    """
+
+    update_id: int
+    is_changed: bool
+    stats: EngineStats
+    refusal: Refused | None = None
+
+
+ToEngine = Hello | Request | Abort | Ping | Flush | UpdatePart | Shutdown
+FromEngine = Ready | Refused | StepDone | Pong | Flushed | Updated
 
 
 def _plain(value: object) -> object:

@@ -24,6 +24,9 @@ from bittrue.engine.wire import (
     Refused,
     Shutdown,
     StepDone,
+    TensorPiece,
+    Updated,
+    UpdatePart,
     body_bytes,
     decode_from_engine,
     decode_to_engine,
@@ -39,6 +42,15 @@ TO_ENGINE = [
     Abort(request_id="r"),
     Ping(ping_id=4),
     Flush(flush_id=6),
+    UpdatePart(
+        update_id=7,
+        index=1,
+        is_last=True,
+        version="v2",
+        base="v1",
+        running="in_place",
+        pieces=[TensorPiece("t", "d1", "torch.bfloat16", (2, 3), True, 12, 4, memoryview(b"\0\xff345678"))],
+    ),
     Shutdown(),
 ]
 FROM_ENGINE = [
@@ -66,6 +78,12 @@ FROM_ENGINE = [
     Pong(ping_id=4, stats=EngineStats(num_running=1)),
     Flushed(flush_id=6, dropped={"pages": 3, "disk": 2**40}, error="a page is held"),
     Refused(request_id=None, kind="ConfigError", message="m", fields={"field": "port"}),
+    Updated(
+        update_id=7,
+        is_changed=False,
+        stats=EngineStats(weight_version="v1"),
+        refusal=Refused(request_id=None, kind="PublicationRefused", message="m", fields={"tensor": "t"}),
+    ),
 ]
 
 

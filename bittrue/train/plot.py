@@ -1,14 +1,17 @@
 """Line plots as SVG text: steps on a linear axis, values on a linear or a logarithmic one."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 _WIDTH, _HEIGHT = 560, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 30, 34
 _LEGEND_ROW = 15
-_COLUMNS = 4  # of the legend
+_COLUMNS = 4  # of the legend, at most
+_LETTER = 6.2  # about the width of one
+_RULE = 'stroke="currentColor" stroke-opacity="0.14"'
+_BAR_ROW, _BAR_NUMBERS = 22, 130
 _MAX_POINTS = 280  # of a line: about one every two pixels
 # Okabe and Ito, told apart by all; then their darker halves.
 COLOURS = (
@@ -25,17 +28,29 @@ COLOURS = (
     "#84506c",
 )
 
+# On a dark page: rules of CSS, which win over what a picture says of itself.
+_ON_DARK = (
+    *("#4ea6e0", "#ff8a3d", "#2cc99a", "#e5a3c8", "#f0b73a", "#8accf2", "#eeeeee"),
+    *("#7fc0de", "#d39a66", "#66c7a4", "#cfa0c0"),
+)
+DARK_STYLE = "\n".join(
+    f'[stroke="{light}"] {{ stroke: {dark}; }} [fill="{light}"] {{ fill: {dark}; }}'
+    for light, dark in zip(COLOURS, _ON_DARK, strict=True)
+)
+
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One curve: a value for each of its steps, ascending. ``weights``: how much each counts in a mean."""
+    """One curve: a value for each of its steps, ascending. ``weights``: how much each counts in a mean;
+    ``is_dashed``: of another run than the others."""
 
     name: str
     steps: Sequence[int]
     values: Sequence[float]
     weights: Sequence[float] | None = None
+    is_dashed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +80,43 @@ class _Axis:
 def svg(plot: Plot) -> str:
     """The picture of a plot, with its legend below; says so where there is nothing to draw."""
     lines = [line for line in plot.lines if line.steps]
-    rows = -(-len(lines) // _COLUMNS) if len(lines) > 1 else 0
-    height = _HEIGHT + rows * _LEGEND_ROW
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" '
-        'font-size="11" role="img">',
-        f"<title>{escape(plot.title)}</title>",
-        _text(_LEFT, 17, plot.title, weight="bold"),
-    ]
+    rows = -(-len(lines) // _columns(lines)) if len(lines) > 1 else 0
+    parts = _head(plot.title, _HEIGHT + rows * _LEGEND_ROW)
     parts += _curves(plot, lines) if lines else [_text(_LEFT, _HEIGHT / 2, "nothing measured yet")]
     return "\n".join([*parts, "</svg>"])
+
+
+def bars(title: str, counts: Mapping[str, float]) -> str:
+    """The picture of counts, a bar each, with its number and its share of all."""
+    total = sum(counts.values())
+    rows = [(name, count) for name, count in counts.items() if count] if total else []
+    start = _LETTER * max((len(name) for name, _ in rows), default=0) + 12
+    room = _WIDTH - start - _BAR_NUMBERS
+    parts = _head(title, _TOP + _BAR_ROW * max(len(rows), 1) + 8)
+    if not rows:
+        parts.append(_text(_LEFT, _TOP + 16, "none"))
+    for i, (name, count) in enumerate(rows):
+        top = _TOP + 4 + i * _BAR_ROW
+        width = max(count / max(value for _, value in rows) * room, 1.0)
+        parts.append(_text(start - 6, top + 12, name, anchor="end"))
+        parts.append(f'<rect x="{start}" y="{top}" width="{width:.1f}" height="16" fill="{COLOURS[0]}"/>')
+        parts.append(_text(start + width + 6, top + 12, f"{count:,.0f} ({count / total:.1%})"))
+    return "\n".join([*parts, "</svg>"])
+
+
+def _head(title: str, height: float) -> list[str]:
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" font-family="sans-serif" '
+        'font-size="11" role="img">',
+        f"<title>{escape(title)}</title>",
+        _text(_LEFT, 17, title, weight="bold"),
+    ]
+
+
+def _columns(lines: Sequence[Line]) -> int:
+    """Of a legend whose names do not run into each other."""
+    longest = max(len(line.name) for line in lines)
+    return max(1, min(_COLUMNS, int((_WIDTH - _LEFT) / (_LETTER * longest + 26))))
 
 
 def binned(line: Line, first: int, last: int) -> list[Point]:
@@ -99,6 +141,7 @@ def _curves(plot: Plot, lines: Sequence[Line]) -> Iterator[str]:
     values = [mean for found in bins for _, mean in found]
     x = _linear(first, last)
     y = _logarithmic(values) if plot.is_logarithmic else _linear(min(values), max(values))
+    columns = _columns(lines)
     yield from _grid(x, y)
     for mark in plot.marks:
         if first <= mark <= last:
@@ -112,12 +155,13 @@ def _curves(plot: Plot, lines: Sequence[Line]) -> Iterator[str]:
             for step, mean in found
         ]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-        yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+        dashes = ' stroke-dasharray="5 3"' if line.is_dashed else ""
+        yield f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"{dashes}/>'
         if len(places) == 1:
             yield f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{colour}"/>'
         if len(lines) > 1:
-            left = _LEFT + i % _COLUMNS * ((_WIDTH - _LEFT) / _COLUMNS)
-            top = _HEIGHT + 4 + i // _COLUMNS * _LEGEND_ROW
+            left = _LEFT + i % columns * ((_WIDTH - _LEFT) / columns)
+            top = _HEIGHT + 4 + i // columns * _LEGEND_ROW
             yield f'<rect x="{left:.1f}" y="{top - 6}" width="14" height="3" fill="{colour}"/>'
             yield _text(left + 19, top, line.name)
 
@@ -125,18 +169,20 @@ def _curves(plot: Plot, lines: Sequence[Line]) -> Iterator[str]:
 def _grid(x: _Axis, y: _Axis) -> Iterator[str]:
     for value in y.ticks:
         at = y.place(value, _HEIGHT - _BOTTOM, _TOP)
-        yield f'<line x1="{_LEFT}" y1="{at:.1f}" x2="{_WIDTH - _RIGHT}" y2="{at:.1f}" stroke="#e2e2e2"/>'
+        yield f'<line x1="{_LEFT}" y1="{at:.1f}" x2="{_WIDTH - _RIGHT}" y2="{at:.1f}" {_RULE}/>'
         yield _text(_LEFT - 6, at + 4, short(value), anchor="end")
     for value in x.ticks:
         at = x.place(value, _LEFT, _WIDTH - _RIGHT)
         bottom = _HEIGHT - _BOTTOM
-        yield f'<line x1="{at:.1f}" y1="{_TOP}" x2="{at:.1f}" y2="{bottom}" stroke="#e2e2e2"/>'
+        yield f'<line x1="{at:.1f}" y1="{_TOP}" x2="{at:.1f}" y2="{bottom}" {_RULE}/>'
         yield _text(at, bottom + 15, short(value), anchor="middle")
     yield _text(_WIDTH - _RIGHT, _HEIGHT - 5, "step", anchor="end")
 
 
 def _linear(low: float, high: float) -> _Axis:
-    """About five round ticks between or around the values."""
+    """About five round ticks between or around the values; zeros alone lie on the ground."""
+    if low == high == 0.0:
+        high = 1.0
     if high <= low:
         low, high = low - (abs(low) or 1.0) * 0.5, high + (abs(high) or 1.0) * 0.5
     rough = (high - low) / 5
@@ -168,5 +214,5 @@ def short(value: float) -> str:
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start", weight: str = "normal") -> str:
-    style = f'text-anchor="{anchor}" font-weight="{weight}" fill="#222222"'
+    style = f'text-anchor="{anchor}" font-weight="{weight}" fill="currentColor"'
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(text)}</text>'

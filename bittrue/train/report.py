@@ -10,18 +10,10 @@ from bittrue.model.inventory import inventory
 from bittrue.train.checkpoint import write_file
 from bittrue.train.config import TrainConfig
 from bittrue.train.metrics import METRICS_FILE, read_metrics
+from bittrue.train.page import columns, facts, figures, page, shown
 from bittrue.train.plot import Line, Plot, svg
 
 REPORT_FILE = "report.html"
-_STYLE = """
-body { font: 14px/1.45 sans-serif; color: #222; background: #fff; max-width: 1180px; margin: 24px auto; padding: 0 16px; }
-h1 { font-size: 22px; margin-bottom: 4px; } h2 { font-size: 17px; margin-top: 28px; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 12px 20px; }
-svg { width: 100%; height: auto; }
-table { border-collapse: collapse; } td, th { text-align: left; padding: 2px 14px 2px 0; vertical-align: top; }
-td { font-variant-numeric: tabular-nums; } .number { text-align: right; }
-.columns { display: flex; flex-wrap: wrap; gap: 0 48px; align-items: flex-start; }
-"""  # noqa: E501
 
 
 def write_report(
@@ -50,24 +42,18 @@ def report_html(
 ) -> str:
     """The page. ``rows``: lines of the metrics, by step."""
     marks = [int(spike["step"]) for spike in spikes]
-    pictures = [svg(plot) for plot in plots(rows, marks)]
-    facts = dict(_facts(config, model, rows, threads=threads))
+    sections = {"Run": facts(dict(_facts(config, model, rows, threads=threads)))}
+    sections["Last steps"] = _last_table(rows)
+    if spikes:
+        sections["Spikes"] = _spike_table(spikes)
+    settings = {name: shown(value) for name, value in _settings(config).items()}
     parts = [
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
-        f"<style>{_STYLE}</style></head><body>",
         f"<h1>Training run {escape(title)}</h1>",
-        '<div class="plots">',
-        *(f"<figure style='margin:0'>{picture}</figure>" for picture in pictures),
-        "</div>",
-        '<div class="columns">',
-        f"<div><h2>Run</h2>{_table(facts)}</div>",
-        f"<div><h2>Last steps</h2>{_last_table(rows)}</div>",
-        *([f"<div><h2>Spikes</h2>{_spike_table(spikes)}</div>"] if spikes else []),
-        "</div>",
-        f"<h2>Run file</h2>{_table({k: _shown(v) for k, v in _settings(config).items()})}",
-        "</body></html>",
+        figures(svg(plot) for plot in plots(rows, marks)),
+        columns(sections),
+        f"<h2>Run file</h2>{facts(settings)}",
     ]
-    return "\n".join(parts)
+    return page(title, parts)
 
 
 def plots(rows: Sequence[Mapping[str, Any]], marks: Sequence[int] = ()) -> Iterator[Plot]:
@@ -174,14 +160,3 @@ def _settings(config: TrainConfig) -> dict[str, object]:
         for section, values in config.model_dump().items()
         for key, value in values.items()
     }
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} = {item}" for key, item in value.items())
-    return str(value)
-
-
-def _table(rows: Mapping[str, str]) -> str:
-    body = "".join(f"<tr><td>{escape(a)}</td><td>{escape(b)}</td></tr>" for a, b in rows.items())
-    return f"<table>{body}</table>"

@@ -130,6 +130,17 @@ def test_a_value_that_is_no_number_or_a_step_without_comparison_proves_nothing(r
     assert (made.holds, made.parity.unmeasured) == (False, 1)
 
 
+def test_steps_that_learn_only_from_answers_of_older_weights_were_compared_when_these_came(
+    tmp_path: Path,
+) -> None:
+    stale = {"kind": "async", "staleness": 2}
+    run = write_run(tmp_path / "run", loop=stale, policy={"correction": "tis"})
+    edit_line(run / "metrics.jsonl", 2, **{"train/grad_norm": 0.5})
+    made = make_certificate(run)
+    assert made.holds and made.parity.unmeasured == 1
+    assert made.verdict == "difference 0 at every of 4 steps over 400 tokens, compared as answers came"
+
+
 def test_a_run_that_compared_nothing_shows_nothing(tmp_path: Path) -> None:
     made = make_certificate(write_run(tmp_path / "run", steps=0))
     assert not made.holds and made.steps.done == 0 and made.weights.published == ()

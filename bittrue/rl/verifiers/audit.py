@@ -107,17 +107,17 @@ class AuditCase:
 
 @dataclass(frozen=True, slots=True)
 class AuditRow:
-    """What one case got. It ``holds`` with a score of 0."""
+    """What one case got. It ``holds`` with a score of 0, or with none."""
 
     kind: str
     name: str
     outcome: Outcome
-    score: float
+    score: float | None
     seconds: float
 
     @property
     def holds(self) -> bool:
-        return self.score == 0 and self.outcome != "right"
+        return self.score in (0, None) and self.outcome != "right"
 
 
 def adversarial_texts(oracle: str) -> dict[str, str]:
@@ -208,6 +208,7 @@ def audit_table(rows: Sequence[AuditRow]) -> str:
     lines = [f"{'kind':16} {'outcome':10} {'score':>5} {'seconds':>8}  case"]
     for row in rows:
         mark = "" if row.holds else "  <- SCORED"
-        numbers = f"{row.score:5.2f} {row.seconds:8.3f}"
+        score = "none" if row.score is None else f"{row.score:.2f}"
+        numbers = f"{score:>5} {row.seconds:8.3f}"
         lines.append(f"{row.kind:16} {row.outcome:10} {numbers}  {row.name!r}{mark}")
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 import ast
 import math
 import os
+import resource
 import select
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from bittrue.errors import VerifierUnavailable
 from bittrue.rl.verifiers import harness
 from bittrue.rl.verifiers.json_text import same_json, strict_json
 from bittrue.rl.verifiers.python_source import python_source
-from bittrue.rl.verifiers.sandbox import end, start
+from bittrue.rl.verifiers.sandbox import Killed, end, start
 from bittrue.rl.verifiers.verifier import (
     Answers,
     Checker,
@@ -33,11 +34,11 @@ from bittrue.rl.verifiers.verifier import (
 )
 
 MAX_OUTPUT = 1 << 20  # bytes of one run
-_CPU_STATUSES = (128 + 24, 128 + 9)  # over the processor time: SIGXCPU, then SIGKILL
+_XCPU, _KILL = 128 + 24, 128 + 9  # over the processor time: first SIGXCPU, then SIGKILL
 _How = Literal["ended", "late", "flooded"]
 
 
-class Call(msgspec.Struct, frozen=True):
+class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One call of the function and what it must return, as JSON values: a tuple is a list."""
 
     expected: Any
@@ -45,7 +46,7 @@ class Call(msgspec.Struct, frozen=True):
     kwargs: dict[str, Any] = {}
 
 
-class Run(msgspec.Struct, frozen=True):
+class Run(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One run of the program and what it must print, but for white space at the ends of lines."""
 
     stdin: str
@@ -83,6 +84,7 @@ class FunctionTests(Checker, frozen=True, tag="function_tests"):
         if error is not None:
             return wrong(error, measured)
         if len(returned) != len(self.calls):
+            _check_not_killed(ended)
             fact = f"{len(returned)} of {len(self.calls)} results, then status {ended.status}"
             return crashed(fact, measured)
         return right(measured) if passed == len(self.calls) else wrong("another result", measured)
@@ -116,30 +118,47 @@ class ProgramTests(Checker, frozen=True, tag="program_tests"):
             if ended.is_late:
                 return timed_out("the program did not end", measured)
             if ended.status != 0:
+                _check_not_killed(ended)
                 return crashed(f"the program ended with status {ended.status}", measured)
         return right(measured) if passed == len(self.runs) else wrong("another output", measured)
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a program ended. ``status``: of the process, 128 + the signal's number where one killed it."""
+    """How a program ended. ``status``: of the process, 128 + the signal's number where one killed it.
+    ``is_killed``: by a signal that none of its limits sends."""
 
     output: bytes
     status: int
     is_late: bool
+    is_killed: bool
 
 
 def run_program(told: dict[str, Any], stdin: bytes, place: Place, seconds: float) -> Ended:
     """Runs the harness in the sandbox until it ends, is late or has said too much."""
     body = msgspec.json.encode(told)
     command = [sys.executable, "-I", "-B", harness.__file__]
+    before = _children_seconds()
     process = start(command, place.isolation, place.limits, directory=place.directory)
     try:
         output, how = _converse(process, b"%d\n%b%b" % (len(body), body, stdin), seconds)
     finally:
         status = end(process)
     status = status if status >= 0 else 128 - status
-    return Ended(output, status, how == "late" or (how == "ended" and status in _CPU_STATUSES))
+    is_over_time = status == _XCPU or _children_seconds() - before >= place.limits.cpu_seconds
+    is_late = how == "late" or (how == "ended" and status in (_XCPU, _KILL) and is_over_time)
+    return Ended(output, status, is_late, how == "ended" and status == _KILL and not is_late)
+
+
+def _check_not_killed(ended: Ended) -> None:
+    if ended.is_killed:
+        raise Killed("a program was ended by SIGKILL")
+
+
+def _children_seconds() -> float:
+    """Processor time of every process that ended and was waited for, with those that it waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _converse(process: subprocess.Popen[bytes], text: bytes, seconds: float) -> tuple[bytes, _How]:

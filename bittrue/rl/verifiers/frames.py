@@ -55,9 +55,10 @@ class Unavailable(msgspec.Struct, frozen=True, tag="unavailable"):
 
 
 class Judged(msgspec.Struct, frozen=True, tag="judged"):
-    """From a worker: the verdict. Not ``is_clean``: something of the answer's is left, end the worker."""
+    """From a worker: the verdict, or the text why there is none: a process of the check was killed. Not
+    ``is_clean``: something of the answer's is left, end the worker."""
 
-    verdict: Verdict
+    verdict: Verdict | str
     is_clean: bool
 
 

@@ -14,6 +14,7 @@ from bittrue.rl.verifiers.verifier import (
     Verdict,
     crashed,
     graded,
+    no_verdict,
     timed_out,
     unparsable,
 )
@@ -32,8 +33,8 @@ class Reply(msgspec.Struct, frozen=True):
 
 class Http(Checker, frozen=True, tag="http"):
     """POSTs ``{"problem": problem, "answers": [{"content", "reasoning", "tool_calls"}, ...]}`` to ``url`` and
-    reads a Reply. What is not one, or has another status than 200, is a crash; no proxy or other setting of
-    the environment is used."""
+    reads a Reply. What is not one, or has another status than 200, is a crash without a score: a verifier
+    that is down says nothing of the answer. No proxy or other setting of the environment is used."""
 
     room: ClassVar[Room] = "network"
     url: str
@@ -53,13 +54,13 @@ class Http(Checker, frozen=True, tag="http"):
         except httpx.TimeoutException:
             return timed_out("the verifier did not answer in time")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            return crashed(f"{type(error).__name__}: {error}")
+            return no_verdict("crash", f"{type(error).__name__}: {error}")
         if status != 200 or len(reply) > MAX_REPLY:
-            return crashed(f"status {status}, {len(reply)} bytes")
+            return no_verdict("crash", f"status {status}, {len(reply)} bytes")
         try:
             found = msgspec.json.decode(reply, type=Reply)
         except msgspec.DecodeError as error:
-            return crashed(f"no verdict: {error}")
+            return no_verdict("crash", f"no reply of a verifier: {error}")
         match found.outcome:
             case "timeout":
                 return timed_out(found.detail)
@@ -68,7 +69,7 @@ class Http(Checker, frozen=True, tag="http"):
             case "unparsable":
                 return unparsable(found.detail)
         if found.score is None:
-            return crashed("no verdict: neither a score nor an outcome")
+            return no_verdict("crash", "neither a score nor an outcome")
         return graded(found.score, is_strict=self.is_strict, sub_scores=found.sub_scores)
 
     def _post(self, body: bytes, headers: dict[str, str], seconds: float) -> tuple[int, bytes]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
-from bittrue.errors import ConfigError
+from bittrue.errors import ConfigError, VerifierUnavailable
 from bittrue.rl.verifiers.frames import Job, Sent, frame
 from bittrue.rl.verifiers.health import Health, HealthRecord
 from bittrue.rl.verifiers.limits import Limits
@@ -21,13 +21,16 @@ from bittrue.rl.verifiers.verifier import (
     Place,
     Verdict,
     Verifier,
+    crashed,
     num_characters,
     unparsable,
 )
-from bittrue.rl.verifiers.worker_process import Setting, WorkerProcess
+from bittrue.rl.verifiers.worker_process import Setting, WorkerKilled, WorkerProcess
 
 # What another run of the same check would find again. A timeout or a crash may be the machine's.
 _KEPT = ("right", "wrong", "unparsable")
+_STARTS = 5  # of a worker, where each before was killed: not by an answer, it had none to judge
+_CHANCES = 2  # of an answer whose check was killed: it may be what killed it
 
 
 @dataclass(slots=True)
@@ -43,7 +46,8 @@ class Pool:
     Every check ends in one of the five outcomes within the limits, whatever the answer does; raising is for
     what no answer can cause: VerifierUnavailable (a library or the sandbox is missing, a reference cannot be
     read), ConfigError (the pool's own settings). Verdicts are kept by digest of verifier, problem and answer,
-    the latest ``cache_entries``; timeouts and crashes are not. ``python_path``: folders of the user's own
+    the latest ``cache_entries``; timeouts and crashes are not. A check that something else on this machine
+    kills is made once more. ``python_path``: folders of the user's own
     modules, for reward functions. ``require_sandbox`` refuses to start where only limits could be set.
     """
 
@@ -60,7 +64,7 @@ class Pool:
         if num_workers < 1:
             raise ConfigError(f"{num_workers} workers judge nothing; choose at least 1", field="num_workers")
         self.isolation: Isolation = find_isolation(choose=isolation, require_sandbox=require_sandbox)
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()
         self._python_path = tuple(python_path)
         self._record = HealthRecord()
         self._slots: queue.LifoQueue[_Slot] = queue.LifoQueue()  # the last used has the most workers started
@@ -81,11 +85,17 @@ class Pool:
         return [future.result() for future in futures]
 
     def submit(
-        self, verifier: Verifier, answers: Answers, *, seconds: float | None = None
+        self,
+        verifier: Verifier,
+        answers: Answers,
+        *,
+        seconds: float | None = None,
+        is_counted: bool = True,
     ) -> Future[Verdict]:
-        """Begins to judge; many at once keep every worker busy."""
-        limits = self._limits if seconds is None else replace(self._limits, seconds=seconds)
-        return self._threads.submit(self._judge, verifier, answers, limits)
+        """Begins to judge; many at once keep every worker busy. ``is_counted``: in the pool's health."""
+        limits = self.limits if seconds is None else replace(self.limits, seconds=seconds)
+        judge = self._judge if is_counted else self._judge_new_or_kept
+        return self._threads.submit(judge, verifier, answers, limits)
 
     def health(self) -> Health:
         return self._record.read()
@@ -132,13 +142,32 @@ class Pool:
         return verdict
 
     def _judge_in_worker(self, verifier: Verifier, body: bytes, limits: Limits) -> Verdict:
+        """The verdict, also where a worker is killed by something else on this machine."""
         setting = Setting(verifier.room, verifier.visible)
+        starts, chances = _STARTS, _CHANCES
+        while True:
+            try:
+                return self._judge_once(setting, body, limits)
+            except WorkerKilled as error:
+                if error.was_judging:
+                    chances -= 1
+                else:
+                    starts -= 1
+                if chances == 0:
+                    return crashed(f"{error}, each of {_CHANCES} times")
+                if starts == 0:
+                    raise VerifierUnavailable(
+                        f"{error}, each of {_STARTS} times; look for what kills processes here, as too "
+                        "little memory"
+                    ) from error
+
+    def _judge_once(self, setting: Setting, body: bytes, limits: Limits) -> Verdict:
         slot = self._slots.get()
         try:
             worker = slot.workers.get(setting)
             if worker is None or worker.is_over:
                 slot.workers[setting] = WorkerProcess(
-                    setting, self.isolation.kind, self._limits, self._python_path
+                    setting, self.isolation.kind, self.limits, self._python_path
                 )
                 self._record.worker_started(is_restart=worker is not None)
             return slot.workers[setting].judge(body, limits)

@@ -8,14 +8,23 @@ from types import ModuleType
 from typing import Any
 
 from bittrue.errors import ConfigError, VerifierUnavailable
-from bittrue.rl.verifiers.verifier import Answers, Checker, Place, Verdict, final_text, graded, unparsable
+from bittrue.rl.verifiers.verifier import (
+    Answers,
+    Checker,
+    Place,
+    Verdict,
+    final_text,
+    graded,
+    no_verdict,
+    unparsable,
+)
 
 _MODULE = "bittrue_reward_{}"
 
 
 class RewardFunction(Checker, frozen=True, tag="reward_function"):
     """Calls ``function`` of the Python file ``path`` as ``function(prompts=, completions=, **columns)`` with
-    lists of one, and takes the one number of the list that it returns; None is no verdict. Right is 1 or
+    lists of one, and takes the one number of the list that it returns; None is no score. Right is 1 or
     more. A prompt that is a list of messages gets its completion as messages, any other as text.
 
     The file is the one with ``digest``: whatever else its path holds later is refused.
@@ -46,7 +55,7 @@ class RewardFunction(Checker, frozen=True, tag="reward_function"):
         if len(values) != 1:
             return unparsable(f"the function gave {len(values)} rewards for one completion")
         if values[0] is None:
-            return unparsable("the function gives no reward for this")
+            return no_verdict("unparsable", "the function gives no reward for this")
         return graded(values[0], is_strict=self.is_strict)
 
     def _loaded(self) -> Callable[..., list[float | None]]:

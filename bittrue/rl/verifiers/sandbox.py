@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ _OWN_PROCESSES = 4  # the namespace's first process, a worker and the one that j
 _PACKAGE_ROOT = Path(__file__).parents[3]
 _LEAST_KERNEL = (5, 14)  # counts processes by namespace; mounts become read-only in one call from 5.12
 _PROBE_SECONDS = 30.0
+_DYING_SECONDS = 2.0  # for a process whose pipes are closed to be found dead
 
 # What a program in the sandbox observes about itself. Prints one JSON object.
 _PROBE = """
@@ -67,6 +69,11 @@ print(json.dumps({
     "counted processes": resource.getrlimit(resource.RLIMIT_NPROC)[0] < 64 and refused(children),
 }))
 """
+
+
+class Killed(Exception):
+    """A process was ended by a signal that nobody here sent, as one of kill or of the kernel for want of
+    memory. There is no verdict, and the same check may well end in one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +118,7 @@ def find_isolation(*, choose: IsolationKind | None = None, require_sandbox: bool
     for kind in CHOICES if choose is None else (choose,):
         try:
             found = _probe(kind, tuple(refused))
-        except VerifierUnavailable as error:
+        except (VerifierUnavailable, Killed) as error:  # a kernel may kill for what it forbids
             refused.append(f"{kind}: {error}")
             continue
         if require_sandbox and not found.is_sandbox:
@@ -140,7 +147,8 @@ def start(
     """A process running ``command`` in ``isolation``, with pipes to its standard input and output, leader of
     its own group if ``is_long_lived`` (then its processor time is not limited: it limits its children's).
     ``directory``: where it starts, if the isolation gives it no /tmp of its own.
-    ``extra``: paths it sees besides the system, Python and this package. Raises VerifierUnavailable."""
+    ``extra``: paths it sees besides the system, Python and this package.
+    Raises VerifierUnavailable, Killed."""
     visible = _visible((*(_NETWORK if has_network else ()), *extra, *python_path))
     plan = Plan(
         namespaces=isolation == "namespaces",
@@ -173,14 +181,20 @@ def start(
     with open(status_read, "rb") as status:
         said = status.read(4096).decode(errors="replace")
     if said != "ok":
-        status_code = end(process)
+        status_code = end(process, patience=_DYING_SECONDS)
+        if not said and killed_by(status_code):
+            raise Killed(f"{command[0]} did not start: {killed_by(status_code)}")
         why = said.removeprefix("ok") or f"status {status_code}"
         raise VerifierUnavailable(f"{isolation} refused: {why}")
     return process
 
 
-def end(process: subprocess.Popen[bytes]) -> int:
-    """Kills a process that may have ended, closes its pipes and gives its status."""
+def end(process: subprocess.Popen[bytes], *, patience: float = 0.0) -> int:
+    """Kills a process that has not ended by itself within ``patience`` seconds, closes its pipes and gives
+    its status."""
+    if patience:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
     process.kill()
     status = process.wait()
     for pipe in (process.stdin, process.stdout):
@@ -188,6 +202,13 @@ def end(process: subprocess.Popen[bytes]) -> int:
             with suppress(BrokenPipeError):
                 pipe.close()
     return status
+
+
+def killed_by(status: int) -> str:
+    """The name of the signal that ended a process, or the one in a namespace that it waited for; else
+    empty."""
+    number = -status if status < 0 else status - 128
+    return signal.Signals(number).name if number in set(signal.Signals) else ""
 
 
 def _probe(kind: IsolationKind, refused: tuple[str, ...]) -> Isolation:

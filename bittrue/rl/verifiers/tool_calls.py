@@ -8,7 +8,7 @@ from bittrue.rl.verifiers.json_text import same_json, strict_json
 from bittrue.rl.verifiers.verifier import Answers, Checker, Place, Verdict, right, unparsable, wrong
 
 
-class ExpectedCall(msgspec.Struct, frozen=True):
+class ExpectedCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One call that must be made, with these arguments and no others."""
 
     name: str

@@ -24,20 +24,22 @@ _MAX_DETAIL = 400
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What a verifier found. ``score``: 1 for right and else 0, or, from a verifier built with
-    ``is_strict=False``, its own value. ``sub_scores``: what it measured besides. ``detail``: why, for people.
+    ``is_strict=False``, its own value; None where there is no verdict, and not by the answer's fault: a
+    reward function gives none, a verifier elsewhere cannot be asked. ``sub_scores``: what it measured
+    besides. ``detail``: why, for people.
     ``seconds``: from handing the answer over to the verdict."""
 
     outcome: Outcome
-    score: float
+    score: float | None
     detail: str = ""
     sub_scores: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     is_cached: bool = False
 
     def __post_init__(self) -> None:
-        if not all(map(math.isfinite, (self.score, self.seconds, *self.sub_scores.values()))):
+        if not all(map(math.isfinite, (self.score or 0.0, self.seconds, *self.sub_scores.values()))):
             raise ValueError("a score is no number")
-        if self.outcome not in ("right", "wrong") and self.score != 0:
+        if self.outcome not in ("right", "wrong") and self.score not in (0, None):
             raise ValueError(f"a score of {self.score} for {self.outcome}")
 
 
@@ -59,6 +61,11 @@ def timed_out(detail: str, sub_scores: Mapping[str, float] | None = None) -> Ver
 
 def crashed(detail: str, sub_scores: Mapping[str, float] | None = None) -> Verdict:
     return Verdict("crash", 0.0, detail[:_MAX_DETAIL], sub_scores or {})
+
+
+def no_verdict(outcome: Outcome, detail: str) -> Verdict:
+    """What an answer cannot be blamed for: it counts neither as right nor as wrong."""
+    return Verdict(outcome, None, detail[:_MAX_DETAIL])
 
 
 def graded(value: object, *, is_strict: bool, sub_scores: Mapping[str, float] | None = None) -> Verdict:
@@ -86,8 +93,8 @@ class Verifier(Protocol):
     """The check of answers to one problem.
 
     ``judge`` runs in a process of its own (but for the room "here"), where it may be killed at any moment;
-    an exception is a crash. ``prepare`` runs in the worker before that, outside the limits of an answer: it
-    loads libraries once, and raises VerifierUnavailable.
+    an exception is a crash, but for Killed. ``prepare`` runs in the worker before that, outside the limits of
+    an answer: it loads libraries once, and raises VerifierUnavailable.
     """
 
     room: ClassVar[Room]
@@ -105,8 +112,8 @@ class Verifier(Protocol):
     def judge(self, answers: Answers, place: Place) -> Verdict: ...
 
 
-class Checker(msgspec.Struct, frozen=True):
-    """A verifier that is data: it can be sent to a worker. Its kind is its tag."""
+class Checker(msgspec.Struct, frozen=True, tag_field="kind", forbid_unknown_fields=True):
+    """A verifier that is data: it can be sent to a worker, and written in a file. Its kind is its tag."""
 
     room: ClassVar[Room] = "sealed"
 

@@ -30,7 +30,7 @@ from bittrue.rl.verifiers.frames import (
     write_frame,
 )
 from bittrue.rl.verifiers.limits import Limits
-from bittrue.rl.verifiers.sandbox import IsolationKind
+from bittrue.rl.verifiers.sandbox import IsolationKind, Killed
 from bittrue.rl.verifiers.verifier import Place, Verdict, crashed, timed_out
 
 _MAX_VERDICT = 1 << 16  # bytes
@@ -38,7 +38,6 @@ _SECRET_BYTES = 16
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36
 _DYING_SECONDS, _LOOK_SECONDS = 2.0, 0.002
 _KEEPER_SECONDS = 1.0  # a keeper's child ends late programs itself, and may say so
-_CPU_SIGNALS = (signal.SIGXCPU, signal.SIGKILL)
 _libc = ctypes.CDLL(None)
 
 
@@ -69,11 +68,12 @@ class Worker:
             write_frame(self._replies, frame(Started()))
             verdict = self._judge_in_child(job)
             is_clean = not self._has_strays()
-            if not is_clean and verdict.outcome != "timeout":
+            if not is_clean and isinstance(verdict, Verdict) and verdict.outcome != "timeout":
                 verdict = crashed("the answer's check left a process behind")
             write_frame(self._replies, frame(Judged(verdict, is_clean and self._empty_directory())))
 
-    def _judge_in_child(self, job: Job) -> Verdict:
+    def _judge_in_child(self, job: Job) -> Verdict | str:
+        """The verdict, or which process was killed by a signal that nobody here sent."""
         own = _KEEPER_SECONDS if job.verifier.room == "keeper" else 0.0
         deadline = time.monotonic() + job.limits.seconds + own
         # What an answer makes its verifier write to every open file does not begin with the secret.
@@ -91,10 +91,10 @@ class Worker:
         os.close(answer_read)
         if body is not None:  # whatever the child still does, it has had its say
             os.kill(pid, signal.SIGKILL)
-        status = _wait(pid, deadline)
-        if status is None:
+        ended = _wait(pid, deadline)
+        if ended is None:
             return timed_out(f"no verdict in {job.limits.seconds} s")
-        return _ended(status) if body is None else _said(body, secret)
+        return _ended(*ended, job) if body is None else _said(body, secret)
 
     def _be_child(self, job: Job, answer: int, secret: bytes) -> NoReturn:
         """Judges, says so and ends, whatever happens."""
@@ -106,6 +106,8 @@ class Worker:
         try:
             verdict = job.verifier.judge(job.answers, place)
             write_frame(answer, framed(secret + msgspec.json.encode(verdict)))
+        except Killed as error:
+            write_frame(answer, framed(secret + msgspec.json.encode(str(error))))
         except BaseException as error:
             verdict = crashed(f"{type(error).__name__}: {error}")
             write_frame(answer, framed(secret + msgspec.json.encode(verdict)))
@@ -158,12 +160,13 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _wait(pid: int, deadline: float) -> int | None:
-    """The status of a child that ends by the deadline; one that does not is killed, and None."""
+def _wait(pid: int, deadline: float) -> tuple[int, float] | None:
+    """Status and processor seconds of a child that ends by the deadline; one that does not is killed, and
+    None."""
     while True:
-        found, status = os.waitpid(pid, os.WNOHANG)
+        found, status, usage = os.wait4(pid, os.WNOHANG)
         if found:
-            return status
+            return status, usage.ru_utime + usage.ru_stime
         if time.monotonic() > deadline:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -171,21 +174,25 @@ def _wait(pid: int, deadline: float) -> int | None:
         time.sleep(_LOOK_SECONDS)
 
 
-def _said(body: bytes, secret: bytes) -> Verdict:
+def _said(body: bytes, secret: bytes) -> Verdict | str:
     if not body.startswith(secret):
         return crashed("a verdict that the verifier did not give")
     try:
-        return msgspec.json.decode(body[len(secret) :], type=Verdict)
+        return msgspec.json.decode(body[len(secret) :], type=Verdict | str)
     except msgspec.DecodeError as error:
         return crashed(f"no verdict: {error}")
 
 
-def _ended(status: int) -> Verdict:
-    """The verdict on a child that ended without one."""
+def _ended(status: int, seconds: float, job: Job) -> Verdict | str:
+    """The verdict on a child that ended without one after ``seconds`` of the processor, or who killed it."""
     if not os.WIFSIGNALED(status):
         return crashed(f"ended with status {os.WEXITSTATUS(status)} and no verdict")
     number = signal.Signals(os.WTERMSIG(status))
-    return (timed_out if number in _CPU_SIGNALS else crashed)(f"ended by {number.name}")
+    # A keeper's child runs our own code, which ends at the first signal; the seconds are its programs'.
+    is_late = seconds >= job.limits.cpu_seconds and job.verifier.room != "keeper"
+    if number == signal.SIGXCPU or (number == signal.SIGKILL and is_late):
+        return timed_out(f"ended by {number.name}")
+    return f"the check was ended by {number.name}"
 
 
 def _limit_time(limits: Limits) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,12 +25,22 @@ from bittrue.rl.verifiers.frames import (
     write_frame,
 )
 from bittrue.rl.verifiers.limits import Limits
-from bittrue.rl.verifiers.sandbox import IsolationKind, end, start
+from bittrue.rl.verifiers.sandbox import IsolationKind, Killed, end, killed_by, start
 from bittrue.rl.verifiers.verifier import Room, Verdict, crashed, timed_out
 
 _MAX_REPLY = 1 << 17  # bytes
 _MAX_LOG = 2000  # characters of what a worker said before it died
 _KILL_ROUNDS = 20
+_DYING_SECONDS = 2.0  # for a worker whose pipe is closed to be found dead
+
+
+class WorkerKilled(Killed):
+    """A worker, or what it began, was killed by a signal that nobody here sent. ``was_judging``: this
+    answer, which may have sent it."""
+
+    def __init__(self, message: str, *, was_judging: bool) -> None:
+        super().__init__(message)
+        self.was_judging = was_judging
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,28 +81,18 @@ class WorkerProcess:
         except VerifierUnavailable:
             self._tidy()
             raise
+        except Killed as error:
+            self._tidy()
+            raise WorkerKilled(str(error), was_judging=False) from error
         assert self._process.stdin is not None and self._process.stdout is not None
         self._requests, self._replies = self._process.stdin.fileno(), self._process.stdout.fileno()
         os.set_blocking(self._requests, False)
 
     def judge(self, body: bytes, limits: Limits) -> Verdict:
-        """The verdict on the job that ``body`` frames. Raises VerifierUnavailable; in every other case of a
-        worker that does not answer the worker is killed, and the verdict says timeout or crash."""
-        begin = time.monotonic()
-        deadline = begin + limits.start_seconds
-        try:
-            write_frame(self._requests, body, deadline=deadline)
-            first = self._receive(deadline)
-        except (Late, OSError) as error:
-            self.kill()
-            raise VerifierUnavailable(
-                f"a worker does not start: {type(error).__name__} {self._said}"
-            ) from error
-        if isinstance(first, Unavailable):
-            raise VerifierUnavailable(first.message)
-        if not isinstance(first, Started):
-            self.kill()
-            raise VerifierUnavailable(f"a worker died while it loaded a verifier: {self._said}")
+        """The verdict on the job that ``body`` frames. Raises VerifierUnavailable, WorkerKilled; in every
+        other case of a worker that does not answer the worker is killed, and the verdict says timeout or
+        crash."""
+        self._begin(body, time.monotonic() + limits.start_seconds)
         begin = time.monotonic()
         try:
             second = self._receive(begin + limits.seconds + limits.grace_seconds)
@@ -99,11 +100,38 @@ class WorkerProcess:
             self.kill()
             return timed_out("the worker did not answer in time")
         if not isinstance(second, Judged):
-            self.kill()
+            self._end(was_judging=True)
             return crashed("the worker died")
         if not second.is_clean:
             self.kill()
+        if isinstance(second.verdict, str):
+            raise WorkerKilled(second.verdict, was_judging=True)
         return second.verdict
+
+    def _begin(self, body: bytes, deadline: float) -> None:
+        """Hands the job over and waits until its verifier is loaded."""
+        try:
+            write_frame(self._requests, body, deadline=deadline)
+            first = self._receive(deadline)
+        except Late as error:
+            self.kill()
+            raise VerifierUnavailable(f"a worker does not start in time: {self._said}") from error
+        except OSError:  # it ended before it read
+            first = None
+        if isinstance(first, Unavailable):
+            raise VerifierUnavailable(first.message)
+        if not isinstance(first, Started):
+            self._end(was_judging=False)
+            raise VerifierUnavailable(f"a worker died while it loaded a verifier: {self._said}")
+
+    def _end(self, *, was_judging: bool) -> None:
+        """Ends a worker that said nothing more; raises WorkerKilled where a signal had ended it already."""
+        status = 0
+        with suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(_DYING_SECONDS)
+        self.kill()
+        if killed_by(status):
+            raise WorkerKilled(f"a worker was ended by {killed_by(status)}", was_judging=was_judging)
 
     def kill(self) -> None:
         """Ends the worker and every process it began, at once."""

@@ -95,7 +95,8 @@ def test_no_reply_is_a_timeout(pool: Pool, url: str) -> None:
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/", "nothing", "http://[::1"])
 def test_nobody_there_is_a_crash(pool: Pool, address: str) -> None:
-    assert pool.judge(Http(address), answer_of("x")).outcome == "crash"
+    verdict = pool.judge(Http(address), answer_of("x"))
+    assert (verdict.outcome, verdict.score) == ("crash", None)
 
 
 @pytest.mark.slow

@@ -65,7 +65,8 @@ def test_part_of_a_reward_is_a_sub_score_unless_asked_for(pool: Pool, file: Path
 
 @pytest.mark.parametrize("name", ["skips", "two", "no_number"])
 def test_what_is_no_reward_is_unparsable(pool: Pool, file: Path, name: str) -> None:
-    assert pool.judge(reward_function(f"{file}:{name}", "p"), answer_of("x")).outcome == "unparsable"
+    verdict = pool.judge(reward_function(f"{file}:{name}", "p"), answer_of("x"))
+    assert (verdict.outcome, verdict.score) == ("unparsable", None if name == "skips" else 0.0)
 
 
 def test_what_a_function_prints_is_no_verdict(pool: Pool, file: Path) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from bittrue.errors import ConfigError
+from bittrue.rl.verifiers.code import Call, FunctionTests, ProgramTests, Run
 from bittrue.rl.verifiers.exact import Exact
 from bittrue.rl.verifiers.limits import Limits
 from bittrue.rl.verifiers.pool import Pool
 from bittrue.rl.verifiers.reward_function import RewardFunction, reward_function
-from bittrue.rl.verifiers.verifier import Verdict, answer_of
+from bittrue.rl.verifiers.sandbox import IsolationKind
+from bittrue.rl.verifiers.verifier import Verdict, Verifier, answer_of
 from bittrue.rl.verifiers.worker_process import descendants
 
 BAD = """
@@ -25,6 +27,15 @@ def good(prompts, completions, **columns):
 def hangs(prompts, completions, **columns):
     while True:
         pass
+
+def hangs_with_patience(prompts, completions, **columns):
+    signal.signal(signal.SIGXCPU, signal.SIG_IGN)
+    while True:
+        pass
+
+def takes_its_time(prompts, completions, **columns):
+    time.sleep(0.7)
+    return [1.0]
 
 def sleeps(prompts, completions, **columns):
     time.sleep(1e6)
@@ -94,6 +105,14 @@ def fills_the_directory(prompts, completions, **columns):
 
 def sees_the_rest(prompts, completions, **columns):
     return [float(os.path.exists("rest"))]
+"""
+
+SLOW = """
+import time
+time.sleep(0.7)
+def f():
+    return 3
+print(f())
 """
 
 
@@ -215,6 +234,7 @@ def test_workers_die_with_the_process_that_uses_them(bad_file: Path) -> None:
 import time
 from bittrue.rl.verifiers.pool import Pool
 from bittrue.rl.verifiers.reward_function import reward_function
+from bittrue.rl.verifiers.sandbox import IsolationKind
 from bittrue.rl.verifiers.verifier import answer_of
 pool = Pool(num_workers=2)
 pool.judge(reward_function({f"{bad_file}:good"!r}, "p"), answer_of("x"))
@@ -262,3 +282,101 @@ def test_many_answers_come_back_in_order(pool: Pool) -> None:
 def test_a_pool_without_workers_is_refused() -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         Pool(num_workers=0)
+
+
+@pytest.fixture
+def namespaced(sandboxed: Pool) -> None:
+    if sandboxed.isolation.kind != "namespaces":
+        pytest.skip(sandboxed.isolation.describe())
+
+
+def killed_while_judging(
+    pool: Pool, verifier: Verifier, *, of_all: int, victim: int, times: int = 1
+) -> Verdict:
+    """The verdict on a text at whose check a process of the pool is killed from outside: ``victim``, by its
+    place among the ``of_all`` that there are once all have been started, parents first."""
+    gone = set(descendants(os.getpid()))
+    future = pool.submit(verifier, answer_of(SLOW))
+    for _ in range(times):
+        family: list[int] = []
+        while len(family) < of_all:
+            time.sleep(0.02)
+            family = sorted(set(descendants(os.getpid())) - gone)
+        os.kill(family[victim], signal.SIGKILL)
+        gone |= set(family)
+    return future.result()
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2, 3],
+    ids=["waiter", "first of the namespace", "worker", "child that judges"],
+)
+def test_a_process_killed_from_outside_costs_no_verdict(
+    namespaced: None, bad_file: Path, victim: int
+) -> None:
+    with Pool(num_workers=1, isolation="namespaces", limits=Limits(seconds=60.0)) as pool:
+        verdict = killed_while_judging(pool, of(bad_file, "takes_its_time"), of_all=4, victim=victim)
+        assert (verdict.outcome, verdict.score) == ("right", 1.0)
+        health = pool.health()
+        assert health.restarts == (victim < 3)  # the child is forked again, its worker lives on
+        assert health.total.outcomes["right"] == 1
+
+
+def test_with_limits_alone_a_process_killed_from_outside_costs_no_verdict(bad_file: Path) -> None:
+    with Pool(num_workers=1, isolation="limits", limits=Limits(seconds=60.0)) as pool:
+        for victim in (0, 1):
+            verifier = of(bad_file, "takes_its_time", victim=victim)
+            assert killed_while_judging(pool, verifier, of_all=2 - victim, victim=0).outcome == "right"
+        assert pool.health().restarts == 1
+
+
+def test_an_idle_worker_killed_from_outside_costs_no_verdict(bad_file: Path) -> None:
+    with Pool(num_workers=1, isolation="limits", limits=Limits(seconds=60.0)) as pool:
+        before = set(descendants(os.getpid()))
+        for number in range(3):
+            assert pool.judge(of(bad_file, "good"), answer_of(str(number))).outcome == "right"
+            (worker,) = set(descendants(os.getpid())) - before
+            os.kill(worker, signal.SIGKILL)
+        assert pool.health().restarts == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", ["namespaces", "limits"])
+def test_a_program_killed_from_outside_costs_no_verdict(namespaced: None, isolation: IsolationKind) -> None:
+    for verifier in (FunctionTests("f", (Call(3),)), ProgramTests((Run("", "3\n"),))):
+        with Pool(num_workers=1, isolation=isolation, limits=Limits(seconds=60.0)) as pool:
+            of_all = 5 if isolation == "namespaces" else 3
+            assert killed_while_judging(pool, verifier, of_all=of_all, victim=-1).outcome == "right"
+
+
+@pytest.mark.slow
+def test_an_answer_whose_check_is_killed_each_time_is_a_crash(namespaced: None, bad_file: Path) -> None:
+    with Pool(num_workers=1, isolation="namespaces", limits=Limits(seconds=60.0)) as pool:
+        slow = of(bad_file, "takes_its_time")
+        verdict = killed_while_judging(pool, slow, of_all=4, victim=2, times=2)
+        assert (verdict.outcome, verdict.score) == ("crash", 0.0)
+        assert verdict.detail == "a worker was ended by SIGKILL, each of 2 times"
+        verdict = pool.judge(of(bad_file, "kills_the_worker"), answer_of("x"))
+        assert (verdict.outcome, verdict.detail) == (
+            "crash",
+            "a worker was ended by SIGKILL, each of 2 times",
+        )
+        program = "import os, signal\ndef f():\n    os.kill(os.getpid(), signal.SIGKILL)"
+        assert pool.judge(FunctionTests("f", (Call(3),)), answer_of(program)).outcome == "crash"
+
+
+@pytest.mark.slow
+def test_a_signal_that_a_limit_sends_is_a_timeout_at_once(bad_file: Path) -> None:
+    program = "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\ndef f():\n"
+    program += "    while True:\n        pass"
+    with Pool(num_workers=1, limits=Limits(seconds=60.0, cpu_seconds=1)) as pool:
+        for verifier, text in [
+            (of(bad_file, "hangs"), "x"),
+            (of(bad_file, "hangs_with_patience"), "x"),
+            (FunctionTests("f", (Call(3),)), program),
+        ]:
+            verdict = pool.judge(verifier, answer_of(text))
+            assert verdict.outcome == "timeout"
+            assert "each of" not in verdict.detail
+        assert pool.health().restarts == 0

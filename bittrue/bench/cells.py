@@ -23,6 +23,8 @@ def with_spread(m: Measurement | None) -> str:
 def shown(value: float, unit: str) -> str:
     if unit == "s":
         return f"{value:.2f} s" if abs(value) >= 0.1 else f"{value * 1e3:.3f} ms"
+    if unit == "nats":
+        return f"{value:.2e}" if value else "0"
     if unit == "ratio":
         return f"{value:.4f}" if 0 < abs(value) < 0.01 else f"{value:.2f}"
     return f"{value:,.0f} {unit}".removesuffix(" count")

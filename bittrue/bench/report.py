@@ -13,6 +13,7 @@ from bittrue.bench.report_cache import (
     recovery_tables,
     speculation_tables,
 )
+from bittrue.bench.report_rl import REPLAY, replay_tables
 from bittrue.bench.report_train import TASKS, TRAINING, task_tables, training_tables
 from bittrue.bench.result import Label, Result
 from bittrue.bench.targets import Results, Target, targets
@@ -83,6 +84,7 @@ def page(results: Results) -> str:
         (RECOVERY, "recovery", recovery_tables),
         (TASKS, "tasks", task_tables),
         (TRAINING, "training", training_tables),
+        (REPLAY, "rl-replay", replay_tables),
         ("## Under load\n\n", "serving", _seconds_table),
         ("## A long prompt over HTTP\n\n", "long-prompt", _chunks_table),
     )

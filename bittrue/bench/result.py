@@ -26,8 +26,10 @@ Benchmark = Literal[
     "recovery",
     "tasks",
     "training",
+    "rl-replay",
+    "rl-trl",
 ]
-Unit = Literal["s", "tokens/s", "requests/s", "bytes", "bytes/s", "flop/s", "ratio", "count"]
+Unit = Literal["s", "tokens/s", "requests/s", "bytes", "bytes/s", "flop/s", "ratio", "count", "nats"]
 Label = str | int | float | bool
 
 

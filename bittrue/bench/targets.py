@@ -24,6 +24,7 @@ _TASK_SHARES: tuple[tuple[str, dict[str, Label], str, float, float], ...] = (
     ("calc", {}, "right answers", 0.95, 1.0),
     ("countdown", {"temperature": 1.0}, "right answers", 0.10, 0.50),
 )
+_REPLAY_RATIOS = (("both over none", 0.6, False), ("shuffled over both", 3.0, True))
 _PEER_RATIOS = (
     ("decode", 1, 256, 2.0),
     ("decode", 1, 4096, 2.0),
@@ -64,6 +65,7 @@ def targets(results: Results) -> list[Target]:
         *_of(results, "speculation", _speculation),
         *_of(results, "tasks", _tasks),
         *_of(results, "training", _training),
+        *_of(results, "rl-replay", _replay),
     ]
 
 
@@ -186,3 +188,17 @@ def _training(result: Result | None) -> Iterator[Target]:
         seen = result.find("training over transformers", **found) if result else None
         measure = f"training, documents of {length:,} tokens, over the fastest of transformers{preset}"
         yield Target(measure, "ratio", _MIN_TRAINING, True, seen)
+
+
+def _replay(result: Result | None) -> Iterator[Target]:
+    """Of the sampled tokens of the policy whose weights every precision has to round."""
+    model = f" ({result.config['model']})" if result else ""
+    policies = [str(m.labels["policy"]) for m in result.measurements] if result else []
+    found: dict[str, Label] = {"policy": (policies or [""])[-1], "answers": "sampled"}
+    same = result.find("tokens that differ", **found, rollout="f32", replay="none") if result else None
+    yield Target(f"rollouts in f32, log-probabilities that differ{model}", "count", 0.0, False, same)
+    for precision in ("bf16", "fp8", "fp4"):
+        for name, bound, is_least in _REPLAY_RATIOS:
+            seen = result.find(name, **found, rollout=precision) if result else None
+            measure = f"rollouts in {precision}, mean difference, replay: {name}{model}"
+            yield Target(measure, "ratio", bound, is_least, seen)

@@ -189,7 +189,7 @@ def test_targets_are_judged_by_the_stored_medians(results: dict[str, Result]) ->
 
 def test_every_target_is_listed_when_nothing_is_stored() -> None:
     found = verdicts({})
-    assert len(found) == 6 + 2 + 3 + 6 + 2 + 8 + 1 + 5 + 10 + 3
+    assert len(found) == 6 + 2 + 3 + 6 + 2 + 8 + 1 + 5 + 10 + 3 + 7
     assert set(found.values()) == {None}
     assert "not measured" in page({})
 

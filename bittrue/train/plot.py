@@ -161,8 +161,9 @@ def _curves(plot: Plot, lines: Sequence[Line]) -> Iterator[str]:
             yield f'<circle cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="3" fill="{colour}"/>'
         if len(lines) > 1:
             left = _LEFT + i % columns * ((_WIDTH - _LEFT) / columns)
-            top = _HEIGHT + 4 + i // columns * _LEGEND_ROW
-            yield f'<rect x="{left:.1f}" y="{top - 6}" width="14" height="3" fill="{colour}"/>'
+            top = _HEIGHT + 7 + i // columns * _LEGEND_ROW
+            place = f'x1="{left:.1f}" y1="{top - 4}" x2="{left + 14:.1f}" y2="{top - 4}"'
+            yield f'<line {place} stroke="{colour}" stroke-width="2.5"{dashes}/>'
             yield _text(left + 19, top, line.name)
 
 

@@ -14,6 +14,7 @@ VERBS = {
     "serve": ("bittrue.cli.serve:serve", "Serve a checkpoint over HTTP."),
     "verify": ("bittrue.cli.verify:verify", "Check the laws on a checkpoint and this machine."),
     "rl": ("bittrue.cli.rl:rl", "Train a policy by verified rewards as a run file says."),
+    "replay": ("bittrue.cli.replay:replay", "Run recorded steps again and compare the weights."),
     "train": ("bittrue.cli.train:train", "Train a model as a run file says, or go on with a run."),
     "convert": ("bittrue.cli.convert:convert", "Convert checkpoints, or make a small random one."),
     "ops check": ("bittrue.cli.ops:check", "Check every kernel against the reference."),

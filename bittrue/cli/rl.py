@@ -13,12 +13,11 @@ from bittrue.errors import ConfigError, UsageError
 from bittrue.obs.log import Log
 from bittrue.rl.assembly import open_policy
 from bittrue.rl.config import RlConfig
+from bittrue.rl.run_files import CONFIG_FILE
 from bittrue.train.checkpoint import run_directory, write_file
 from bittrue.train.metrics import METRICS_FILE, MetricsFile
 from bittrue.train.progress import step_bar
 from bittrue.train.run_file import load_run_file
-
-CONFIG_FILE = "run.json"
 
 
 def rl(

@@ -1,55 +1,45 @@
-"""A synchronous run: sample, score, compare, step, publish; every step on policy, to the bit."""
+"""A run: publish, sample, score, compare, step; on policy to the bit, or off it by a bounded distance.
 
-import math
+sync: a step's answers are sampled by its own weights. pipelined: while the gradient of a step is computed,
+the answers of the step ``staleness`` later are sampled; all of them are there before the weights move. async:
+the weights move when their batch is learned, whatever is under way; nobody waits for more than that batch.
+"""
+
+import datetime
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from bittrue.engine.engine import Engine
-from bittrue.engine.types import SamplingParams
-from bittrue.errors import CheckpointError, TrainingFailed
+from bittrue.errors import CheckpointError
 from bittrue.model.publication import Publisher
 from bittrue.obs.log import Log
-from bittrue.rl.advantage import drop_reasons, group_report, grpo, leave_one_out
 from bittrue.rl.config import RlConfig
+from bittrue.rl.learner import Learner
+from bittrue.rl.measures import answer_values, engine_values, outcome_counts, verifier_values
 from bittrue.rl.metrics import StepReports, flatten
-from bittrue.rl.problems import Asked, Problems
-from bittrue.rl.rollout import Inbox, Sampler
-from bittrue.rl.types import Rollout, Scored
-from bittrue.rl.update import UpdateReport, backward
+from bittrue.rl.pipeline import Pipeline
+from bittrue.rl.records import Records, StepBatch, prompts_digest
+from bittrue.rl.rollout import RolloutEngine
+from bittrue.rl.run_files import STEPS_FILE
+from bittrue.rl.source import Source
 from bittrue.train.checkpoint import Checkpoints, Snapshot, check_same
 from bittrue.train.metrics import MetricsFile
-from bittrue.train.optim import Optimiser, clip_gradients, first_bad_gradient
-from bittrue.train.run import optim_settings
-from bittrue.train.trainer import Trainer
 
 _COMPARED = ("identity", "config", "threads")
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyParts:
-    """What a run is made of. ``model`` is the config.json the policy has, ``held_out`` problems by task."""
+    """What a run is made of. ``model`` is the config.json the policy has, ``held_out`` prompts by task."""
 
-    trainer: Trainer
-    engine: Engine
-    problems: Problems
-    held_out: Mapping[str, Problems]
+    learner: Learner
+    engine: RolloutEngine
+    source: Source
+    held_out: Mapping[str, Source]
     model: Mapping[str, Any]
     threads: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """The rollouts a step learns from, and what was measured of all that were sampled."""
-
-    rollouts: Sequence[Rollout]
-    advantages: NDArray[np.float64]  # of every answer token
-    values: Mapping[str, float]
 
 
 class PolicyRun:
@@ -57,12 +47,12 @@ class PolicyRun:
 
     def __init__(self, config: RlConfig, directory: Path, parts: PolicyParts, log: Log) -> None:
         self._config, self._parts, self._log = config, parts, log
-        self._checkpoints = Checkpoints(directory, every=config.run.checkpoint_every, keep=config.run.keep)
-        trainer = parts.trainer
-        settings = optim_settings(config.optim)
-        self._optimiser = Optimiser(trainer.masters.named, settings, spread=trainer.crew.map)
+        self._directory = directory
+        self._checkpoints = checkpoints_of(config, directory)
+        self._records = Records(directory)
         self._publisher = Publisher()
-        self._versions: dict[str, int] = {}
+        self._versions: dict[str, int] = {}  # weights the engine had, by the step they were trained for
+        self._version = ""
         self.step = 0
         self._saved = -1
 
@@ -92,169 +82,164 @@ class PolicyRun:
     ) -> bool:
         """Trains to the last step, or until ``should_stop``; a checkpoint is written at the end of either.
         Whether the last step was reached. Raises ParityBroken, TrainingFailed."""
-        settings = self._config.run
-        while self.step < settings.steps and not should_stop():
-            values = self._one_step()
-            metrics.append({"step": self.step - 1, **values})
-            tell(values)
-            if self.step % settings.checkpoint_every == 0:
-                self.save(metrics)
+        settings, parts = self._config.run, self._parts
+        self._publish()
+        pipeline = Pipeline(
+            self._config, parts.engine, parts.source, self._records, self._versions, first=self.step
+        )
+        with MetricsFile(self._directory / STEPS_FILE) as steps:
+            steps.cut(self.step)
+            while self.step < settings.steps and not should_stop():
+                values, facts = self._one_step(pipeline)
+                metrics.append({"step": self.step - 1, **values})
+                steps.append(facts)
+                tell(values)
+                if self.step % settings.checkpoint_every == 0:
+                    steps.sync()
+                    self.save(metrics)
+            steps.sync()
         if self.step != self._saved:
             self.save(metrics)
-        return self.step >= settings.steps
+        is_finished = self.step >= settings.steps
+        if is_finished and settings.eval_every:
+            metrics.append({"step": self.step, **self._evaluate(pipeline)})
+        return is_finished
 
     def save(self, metrics: MetricsFile) -> Path:
         """Writes a checkpoint of this moment."""
         metrics.sync()
-        masters = self._parts.trainer.masters
-        parts = {"master": masters.named, "bias": masters.biases, "optim": self._optimiser.state()}
-        tensors = {f"{part}.{name}": t for part, named in parts.items() for name, t in named.items()}
-        facts = {
-            "identity": self._config.identity(),
-            "config": dict(self._parts.model),
-            "threads": self._parts.threads,
-        }
-        path = self._checkpoints.save(self.step, tensors, facts)
+        path = self._checkpoints.save(self.step, self._parts.learner.state(), self._facts())
         self._saved = self.step
         return path
 
     # ---- one step ----------------------------------------------------------------------------------------
 
-    def _one_step(self) -> dict[str, float]:
-        begun_s = time.perf_counter()
-        num_bytes = self._publish()
-        published_s = time.perf_counter()
-        values: dict[str, float] = {}
-        every = self._config.run.eval_every
-        if every and self.step % every == 0:
-            values |= self.evaluate()
-        sampling_s = time.perf_counter()
-        batch = self._sample()
-        sampled_s = time.perf_counter()
-        lr = self._config.optim.lr * (1.0 - self.step / self._config.run.steps)
-        if len(batch.rollouts):
-            values |= self._update(batch, lr)
+    def _one_step(self, pipeline: Pipeline) -> tuple[dict[str, float], dict[str, Any]]:
+        loop, learner = self._config.loop, self._parts.learner
+        begun_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        clock = _Clock()
+        pipeline.ask(self.step + loop.staleness)
+        values = self._evaluate(pipeline) if self._is_due() else {}
+        clock.lap("eval")
+        before = self._parts.engine.stats()
+        depth = pipeline.depth
+        batch = pipeline.take(self.step)
+        clock.lap("rollout")
+        values |= {"rollout/queue_depth": float(depth), **answer_values(batch, self.step)}
+        values |= learner.gradient(batch)
+        clock.lap("train")
+        if loop.kind == "pipelined":
+            pipeline.finish()
+        elif loop.kind == "async":
+            pipeline.poll()
+        clock.lap("rollout")
+        values |= engine_values(before, self._parts.engine.stats())
+        values |= verifier_values(self._parts.source.health())
+        values |= self._compare(pipeline)
+        values |= learner.step(self.step)
+        clock.lap("train")
+        facts = self._facts_of(batch, begun_at)
         self.step += 1
-        ended_s = time.perf_counter()
-        return values | {
-            **batch.values,
-            "train/lr": lr,
-            "perf/sync_seconds": published_s - begun_s,
-            "perf/sync_bytes": float(num_bytes),
-            "perf/rollout_seconds": sampled_s - sampling_s,
-            "perf/train_seconds": ended_s - sampled_s,
-        }
+        values["perf/sync_bytes"] = float(self._publish())
+        clock.lap("sync")
+        facts |= {"weights_after": self._version, "masters_after": learner.digest(), "seconds": clock.total()}
+        num_tokens = sum(len(rollout.answer_ids) for rollout in batch.rollouts)
+        values |= clock.values() | {"perf/tokens_per_second": num_tokens / clock.total()}
+        return values, facts
+
+    def _is_due(self) -> bool:
+        every = self._config.run.eval_every
+        return every > 0 and self.step % every == 0
 
     def _publish(self) -> int:
         """Gives the engine the weights of this step; the bytes that took."""
-        update = self._publisher.update(
-            dict(self._parts.trainer.masters.tensors()), is_delta=bool(self._versions)
-        )
-        self._parts.engine.update_weights(update)
-        self._versions = {update.version: self.step}
+        learner, loop = self._parts.learner, self._config.loop
+        update = self._publisher.update(dict(learner.tensors()), is_delta=bool(self._version))
+        self._versions[update.version] = self.step
+        self._version = update.version
+        self._parts.engine.update_weights(update, running=loop.running)
         return update.num_bytes
 
-    def _sample(self) -> _Batch:
-        """Groups of rollouts with their scores; those that teach nothing are left out."""
-        data, rollout = self._config.data, self._config.rollout
-        asked = self._parts.problems.of_step(self.step, rollout.prompts)
-        params = SamplingParams(max_tokens=rollout.max_tokens, temperature=1.0)
-        sampler = Sampler(
-            Inbox(self._parts.engine), params, group_size=rollout.group, policy_versions=self._versions
-        )
-        found = sampler.groups([each.prompt for each in asked], seed=data.seed + self.step)
-        scored = [
-            each
-            for problem, group in zip(asked, found, strict=True)
-            for each in self._parts.problems.score(problem, group.rollouts)
-        ]
-        scores = np.array([np.nan if each.score is None else each.score for each in scored])
-        groups = np.repeat(np.arange(len(asked)), rollout.group)
-        dropped = drop_reasons(scores, groups)
-        advantages = self._advantages(scores, groups)
-        kept = [i for i, group in enumerate(groups) if int(group) not in dropped]
-        lengths = [len(scored[i].rollout.answer_ids) for i in kept]
-        return _Batch(
-            [scored[i].rollout for i in kept],
-            np.repeat(advantages[kept], lengths),
-            {**flatten(StepReports(groups=group_report(groups, dropped))), **_answer_values(scored, scores)},
-        )
+    def _compare(self, pipeline: Pipeline) -> dict[str, float]:
+        """What came since the weights changed, while they have not changed again: on policy the gradient's
+        own pass compares it."""
+        loop = self._config.loop
+        if not loop.staleness:
+            return {}
+        came = pipeline.arrivals()
+        if loop.running == "in_place":  # an answer that went on over rows of older weights is of no version
+            came = [rollout for rollout in came if len(rollout.spans) == 1]
+        return flatten(StepReports(parity=self._parts.learner.compare(came, self.step)))
 
-    def _advantages(self, scores: NDArray[np.float64], groups: NDArray[np.int64]) -> NDArray[np.float64]:
-        kind = self._config.policy.advantage
-        if kind == "leave_one_out":
-            return leave_one_out(scores, groups)
-        return grpo(scores, groups, normalise_std=kind == "grpo")
+    def _facts_of(self, batch: StepBatch, begun_at: str) -> dict[str, Any]:
+        """The line of steps.jsonl, but for what the update makes."""
+        numbers = {int(n) for rollout in batch.rollouts for n in rollout.policy_versions()}
+        return {
+            "step": self.step,
+            "begun_at": begun_at,
+            "weights_before": self._version,
+            "prompts": prompts_digest([group[0].rollout.prompt_ids.tolist() for group in batch.groups]),
+            "record": self._records.digest(self.step),
+            "outcomes": outcome_counts(batch.scored),
+            "versions": {name: n for name, n in self._versions.items() if n in numbers},
+            "engine_restarts": getattr(self._parts.engine, "restarts", 0),
+        }
 
-    def _update(self, batch: _Batch, lr: float) -> dict[str, float]:
-        trainer = self._parts.trainer
-        named = trainer.masters.named
-        for leaf in named.values():
-            leaf.grad = None
-        options = self._config.policy.options(self._config.rollout.max_tokens)
-        report = backward(trainer, batch.rollouts, batch.advantages, options)
-        norm = clip_gradients(named, self._config.optim.clip)
-        if not math.isfinite(norm):
-            self._fail(first_bad_gradient(named) or "norm")
-        self._optimiser.step(lr)
-        trainer.publish()
-        return {**_report_values(report), "train/grad_norm": norm, "train/entropy": report.entropy}
-
-    def _fail(self, name: str) -> None:
-        raise TrainingFailed(
-            f"step {self.step}: the gradient of {name} is not finite; checkpoints are kept; lower optim.lr",
-            step=self.step,
-            term=name,
-        )
-
-    # ---- held out ----------------------------------------------------------------------------------------
-
-    def evaluate(self) -> dict[str, float]:
-        """Share of held-out problems answered right by the weights the engine has, greedily, by task."""
-        found = {}
-        for name, problems in self._parts.held_out.items():
-            asked = problems.of_step(0, self._config.run.eval_problems)
-            found[f"eval/{name}/greedy"] = self._share(problems, asked)
-        return found
-
-    def _share(self, problems: Problems, asked: Sequence[Asked]) -> float:
-        params = SamplingParams(max_tokens=self._config.rollout.max_tokens, temperature=0.0)
-        answers = self._parts.engine.generate([each.prompt.token_ids for each in asked], params)
-        right = sum(problems.is_right(each.problem, ids) for each, ids in zip(asked, answers, strict=True))
-        return right / len(asked)
+    def _evaluate(self, pipeline: Pipeline) -> dict[str, float]:
+        """What the weights the engine has can do on held-out prompts."""
+        values: dict[str, float] = {}
+        for name, source in self._parts.held_out.items():
+            values |= pipeline.measure(name, source)
+        return values
 
     # ---- going on ----------------------------------------------------------------------------------------
 
-    def _restore(self, found: Snapshot) -> None:
-        other = "choose another directory, or the run file it was begun with"
-        now = {
+    def _facts(self) -> dict[str, Any]:
+        return {
             "identity": self._config.identity(),
             "config": dict(self._parts.model),
-            "threads": {"threads": self._parts.threads},
+            "threads": self._parts.threads,
         }
-        for name in _COMPARED:
-            if name not in found.facts:
-                raise CheckpointError(f"{found.path} lacks {name!r}; {other}", file=str(found.path))
-            saved = found.facts[name] if name != "threads" else {"threads": found.facts[name]}
-            check_same(found.path, saved, now[name], what=name, remedy=other)
-        self._parts.trainer.masters.load(found.part("master"), found.part("bias"))
-        self._parts.trainer.publish()
-        self._optimiser.load_state(found.part("optim"))
+
+    def _restore(self, found: Snapshot) -> None:
+        check_snapshot(found, self._facts())
+        self._parts.learner.load_state(found.tensors)
         self.step = self._saved = found.step
 
 
-def _report_values(report: UpdateReport) -> dict[str, float]:
-    return flatten(StepReports(policy=report.policy, parity=report.parity))
+class _Clock:
+    """Seconds of a step by what they went into."""
+
+    def __init__(self) -> None:
+        self._begun = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """What went by since the last lap was ``name``."""
+        now = time.perf_counter()
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def values(self) -> dict[str, float]:
+        return {f"perf/{name}_seconds": seconds for name, seconds in self._laps.items()}
+
+    def total(self) -> float:
+        """Without what was spent on measuring."""
+        return sum(seconds for name, seconds in self._laps.items() if name != "eval")
 
 
-def _answer_values(scored: Sequence[Scored], scores: NDArray[np.float64]) -> dict[str, float]:
-    lengths = np.array([len(each.rollout.answer_ids) for each in scored])
-    outcomes = [each.outcome for each in scored]
-    values = {
-        "reward/mean": float(np.nanmean(scores)),
-        "reward/std": float(np.nanstd(scores)),
-        "rollout/response_length/mean": float(lengths.mean()),
-        "rollout/response_length/max": float(lengths.max()),
-        "rollout/truncated_ratio": float(np.mean([each.rollout.is_truncated for each in scored])),
-    }
-    return values | {f"verifier/{name}": float(outcomes.count(name)) for name in sorted(set(outcomes))}
+def checkpoints_of(config: RlConfig, directory: Path) -> Checkpoints:
+    """Those of a run. The first stays: every step can be run again from it and the records."""
+    return Checkpoints(directory, every=config.run.checkpoint_every, keep=config.run.keep, keeps_first=True)
+
+
+def check_snapshot(found: Snapshot, present: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where a checkpoint is of another run than one with the ``present`` facts."""
+    other = "choose another directory, or the run file it was begun with"
+    for name in _COMPARED:
+        if name not in found.facts:
+            raise CheckpointError(f"{found.path} lacks {name!r}; {other}", file=str(found.path))
+        saved, now = found.facts[name], present[name]
+        if not isinstance(saved, Mapping):
+            saved, now = {name: saved}, {name: now}
+        check_same(found.path, saved, now, what=name, remedy=other)

@@ -67,6 +67,7 @@ METRICS = (
     Metric("train/value_loss", "Loss of the value head."),
     Metric("train/entropy", "Entropy of the policy at trainable tokens, nats, mean."),
     Metric("train/kl", "KL of the policy to the reference, nats a token."),
+    Metric("train/teacher_kl", "Weighted KL of the student to its teachers, whole vocabulary, nats a token."),
     Metric("train/grad_norm", "Norm of the gradient before clipping."),
     Metric("train/lr", "Learning rate."),
     Metric(

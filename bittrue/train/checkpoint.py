@@ -44,11 +44,13 @@ class Snapshot:
 class Checkpoints:
     """The checkpoints in one run directory: ``step-000120`` holds state.safetensors and state.json.
 
-    The newest ``keep`` that are due every ``every`` steps stay, and any that is newer than these.
+    The newest ``keep`` that are due every ``every`` steps stay, and any that is newer than these; with
+    ``keeps_first`` that of step 0 too.
     """
 
-    def __init__(self, directory: Path, *, every: int, keep: int) -> None:
+    def __init__(self, directory: Path, *, every: int, keep: int, keeps_first: bool = False) -> None:
         self._directory, self._every, self._keep = directory, every, keep
+        self._keeps_first = keeps_first
 
     def steps(self) -> list[int]:
         """The steps there is a checkpoint of, ascending; whether one can be read shows when it is."""
@@ -126,6 +128,7 @@ class Checkpoints:
         steps = [step for step in self.steps() if step <= newest]
         due = [step for step in steps if step % self._every == 0]
         kept = set(due[-self._keep :]) | {step for step in steps if not due or step > due[-1]}
+        kept |= {0} if self._keeps_first else set()
         for step in steps:
             if step not in kept:
                 shutil.rmtree(self.path(step), ignore_errors=True)

@@ -63,7 +63,8 @@ class _Likelihood:
 class StepStats:
     """What one step measured. Losses are means: ``main`` and ``mtp`` in nats a target, ``index`` in nats a
     token and layer, ``balance`` a token and layer (1 is perfect balance). ``loads`` [E] i64: how often each
-    expert was chosen, by the name of its router's bias. ``task_loss``: sum in nats and number of targets."""
+    expert was chosen, by the name of its router's bias. ``task_loss``: sum in nats and number of targets.
+    ``choices``: of each micro-batch in order, where they were asked for."""
 
     main: float = 0.0
     mtp: float = 0.0
@@ -73,6 +74,28 @@ class StepStats:
     num_targets: int = 0
     loads: dict[str, Tensor] = field(default_factory=dict)
     task_loss: dict[str, tuple[float, int]] = field(default_factory=dict)
+    choices: "list[Choice]" = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the pass over a run of documents chose, or was made to choose."""
+
+    routes: Routes
+    rows: list[Tensor]
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Choice]") -> "Choice":
+        """Of all documents, from that of each run of them."""
+        names = parts[0].routes if parts else {}
+        routes = {name: torch.cat([part.routes[name] for part in parts]) for name in names}
+        return cls(routes, [_stacked(layer) for layer in zip(*(part.rows for part in parts), strict=True)])
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Rows of short documents, which see fewer than k, are padded to the others' width."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(p, (0, width - p.shape[1]), value=-1) for p in parts])
 
 
 class _Recomputed(DeepseekV4):
@@ -94,6 +117,7 @@ class _Totals:
     num_ahead: int  # targets of the draft module
     weights: LossWeights
     objective: Objective
+    keeps_choices: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,13 +198,14 @@ class Trainer:
         routes: Routes | None = None,
         rows: Rows | None = None,
         objective: Objective | None = None,
+        keeps_choices: bool = False,
     ) -> StepStats:
         """Adds the gradients of the step's loss to the masters' ``grad``. ``routes`` and ``rows``: choices
         made before for the same documents, as ``chosen`` gives them. ``objective``: in place of the mean
         negative log-probability of the targets; the other losses are added to it."""
         num_targets, num_ahead = count(documents, ahead=1), count(documents, ahead=2)
         objective = objective or _Likelihood(num_targets)
-        totals = _Totals(sum(map(len, documents)), num_targets, num_ahead, weights, objective)
+        totals = _Totals(sum(map(len, documents)), num_targets, num_ahead, weights, objective, keeps_choices)
         stats = StepStats(num_tokens=totals.num_tokens, num_targets=num_targets)
         parts = self._parts(documents, routes or {}, rows or ())
         for found, gradients in self.crew.map(lambda part: self._micro_batch(part, totals), parts):
@@ -229,6 +254,8 @@ class Trainer:
         model = self._model.on(ops.table())
         batch = pack([d.token_ids for d in documents])
         streams = self._forward(model, ops, batch, caches)
+        if totals.keeps_choices:
+            stats.choices.append(self._choice(ops))
         hidden = model.hidden(streams.index_select(0, main.rows))
         logits = model.project(hidden)
         logprobs = _token_logprobs(logits, main, step)
@@ -278,8 +305,7 @@ class Trainer:
     ) -> tuple[Routes, Rows]:
         """The experts and rows today's parameters choose for these documents, where ``routes`` and ``rows``
         (as for ``backward``) leave a choice."""
-        parts: dict[str, list[Tensor]] = {name: [] for name in self.masters.biases}
-        found_rows: list[list[Tensor]] = []
+        parts = []
         for part in self._parts(documents, routes or {}, rows or ()):
             step = Step(self.ops, self._grads, self._act)
             batch = pack([d.token_ids for d in part.documents])
@@ -290,11 +316,13 @@ class Trainer:
                 if self._mtp is not None:
                     given = MtpInput(shifted(batch), streams, once_each(batch.num_tokens, streams.shape[1]))
                     self._mtp.on(ops.table()).forward(given, caches[-1])
-            for key, ids in ops.chosen.items():
-                parts[self._bias_names[key]].append(ids.to(torch.int16))
-            found_rows.append(list(ops.chosen_rows.values()))
-        found_routes = {name: torch.cat(ids) for name, ids in parts.items() if ids}
-        return found_routes, [torch.cat(layer) for layer in zip(*found_rows, strict=True)]
+            parts.append(self._choice(ops))
+        found = Choice.joined(parts)
+        return found.routes, found.rows
+
+    def _choice(self, ops: DifferentiableOps) -> Choice:
+        routes = {self._bias_names[key]: ids.to(torch.int16) for key, ids in ops.chosen.items()}
+        return Choice(routes, list(ops.chosen_rows.values()))
 
     def _replay(self, part: _Part, caches: Sequence[LayerCache]) -> Replay:
         keys = [cache.keys for cache in caches if cache.kind == "csa"]
@@ -410,6 +438,7 @@ def _merge(stats: StepStats, part: StepStats) -> None:
     stats.mtp += part.mtp
     stats.index += part.index
     stats.balance += part.balance
+    stats.choices += part.choices
     for name, load in part.loads.items():
         stats.loads[name] = stats.loads.get(name, 0) + load
     for task, (total, number) in part.task_loss.items():

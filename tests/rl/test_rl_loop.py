@@ -53,6 +53,17 @@ def lines_of(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def of_the_step(line: dict[str, float]) -> dict[str, float]:
+    """Without what says how it was sampled this time: a recorded step is not sampled again."""
+    how = ("perf/", "rollout/queue_depth", "rollout/prefix_hit_rate", "rollout/preemptions")
+    return {name: value for name, value in line.items() if not name.startswith(how)}
+
+
+def facts_of(out: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("begun_at", "seconds")} for line in lines]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor]]:
     out = tmp_path_factory.mktemp("runs") / "whole"
@@ -68,9 +79,13 @@ def test_the_trainer_computes_what_was_sampled_at_every_step(whole: tuple[Path, 
         assert line["parity/num_tokens"] > 0
         assert line["parity/differing"] == line["parity/logprob_abs_diff/max"] == line["parity/k3"] == 0.0
         assert line["train/ratio/min"] == line["train/ratio/max"] == 1.0
+        assert line["parity/router_flips"] == line["parity/index_flips"] == 0.0
         assert line["train/grad_norm"] > 0
     assert all(line["perf/sync_bytes"] > 0 for line in lines[:1])
     assert any(0 < line["reward/mean"] < 1 for line in lines)
+    facts = facts_of(whole[0])
+    assert [line["weights_after"] for line in facts[:-1]] == [line["weights_before"] for line in facts[1:]]
+    assert all(line["versions"] == {line["weights_before"]: line["step"]} for line in facts)
 
 
 @pytest.mark.slow
@@ -90,11 +105,8 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(
     (out / "step-000003" / "state.json").unlink()  # the one before is taken: a step is run again
     weights = weights_after(config(), out)
     assert all(bool((weights[name] == tensor).all()) for name, tensor in whole[1].items())
-    left, right = lines_of(whole[0]), lines_of(out)
-    seconds = ("perf/", "step")
-    assert [{k: v for k, v in line.items() if not k.startswith(seconds)} for line in left] == [
-        {k: v for k, v in line.items() if not k.startswith(seconds)} for line in right
-    ]
+    assert [of_the_step(line) for line in lines_of(whole[0])] == [of_the_step(line) for line in lines_of(out)]
+    assert facts_of(whole[0]) == facts_of(out)
 
 
 def test_a_directory_of_another_run_is_refused(whole: tuple[Path, dict[str, Tensor]]) -> None:

@@ -17,7 +17,7 @@ from bittrue.rl.advantage import grpo
 from bittrue.rl.replay import document_of, routes_of, rows_of
 from bittrue.rl.rollout import Inbox, Prompt, Sampler
 from bittrue.rl.types import Rollout
-from bittrue.rl.update import UpdateOptions, backward
+from bittrue.rl.update import Lessons, UpdateOptions, backward
 from bittrue.train.trainer import Trainer
 
 PARAMS = SamplingParams(max_tokens=24, temperature=1.0)
@@ -50,11 +50,11 @@ def sampled(engine: Engine, versions: dict[str, int], *, seed: int = 0) -> list[
     return [rollout for group in sampler.groups(prompts(seed), seed=seed) for rollout in group.rollouts]
 
 
-def advantages_of(rollouts: list[Rollout]) -> np.ndarray:
+def lessons_of(rollouts: list[Rollout]) -> Lessons:
     """Of a score that likes even tokens."""
     scores = np.array([float(np.mean(r.answer_ids % 2 == 0)) for r in rollouts])
     groups = np.repeat(np.arange(len(rollouts) // GROUP), GROUP)
-    return np.repeat(grpo(scores, groups), [len(r.answer_ids) for r in rollouts])
+    return Lessons(np.repeat(grpo(scores, groups), [len(r.answer_ids) for r in rollouts]))
 
 
 def step(trainer: Trainer) -> None:
@@ -77,9 +77,11 @@ def test_every_step_of_a_run_on_policy_has_parity_to_the_bit(trainer: Trainer, e
         rollouts = sampled(engine, versions, seed=number % 2)
         answers.add(rollouts[0].answer_ids.tobytes())
         assert {span.policy_version for r in rollouts for span in r.spans} == {number}
-        report = backward(trainer, rollouts, advantages_of(rollouts), options)
+        report = backward(trainer, rollouts, lessons_of(rollouts), options)
         assert report.parity.first is None and report.parity.max_abs == 0.0
         assert report.parity.num_tokens == sum(len(r.answer_ids) for r in rollouts)
+        assert report.routing is not None and report.routing.flips == 0.0 == report.routing.token_flips
+        assert report.index is not None and report.index.flips == 0.0
         assert report.policy.ratio_min == report.policy.ratio_max == 1.0 and report.entropy > 0
         assert any(leaf.grad is not None and leaf.grad.any() for leaf in trainer.masters.named.values())
         step(trainer)
@@ -92,10 +94,10 @@ def test_a_step_with_other_weights_is_refused(trainer: Trainer, engine: Engine) 
     update = Publisher().update(dict(trainer.masters.tensors()))
     engine.update_weights(update)
     rollouts = sampled(engine, {update.version: 0})
-    backward(trainer, rollouts, advantages_of(rollouts), UpdateOptions())
+    backward(trainer, rollouts, lessons_of(rollouts), UpdateOptions())
     step(trainer)
     with pytest.raises(ParityBroken, match="parity is not exact"):
-        backward(trainer, rollouts, advantages_of(rollouts), UpdateOptions())
+        backward(trainer, rollouts, lessons_of(rollouts), UpdateOptions())
 
 
 def test_records_are_what_the_trainer_chooses(trainer: Trainer, engine: Engine) -> None:
@@ -115,7 +117,7 @@ def test_records_are_what_the_trainer_chooses(trainer: Trainer, engine: Engine) 
     assert any((ids[:, 0] > 0).any() for ids in rows)  # the index did choose
     # Repeated, nothing changes.
     options = UpdateOptions(replays_experts=True, replays_rows=True)
-    assert backward(trainer, rollouts, advantages_of(rollouts), options).parity.first is None
+    assert backward(trainer, rollouts, lessons_of(rollouts), options).parity.first is None
 
 
 def test_replay_of_a_shuffled_record_is_no_replay(trainer: Trainer, engine: Engine) -> None:
@@ -128,7 +130,7 @@ def test_replay_of_a_shuffled_record_is_no_replay(trainer: Trainer, engine: Engi
         order = np.random.default_rng(0).permutation(len(rollout.experts))
         shuffled.append(replace(rollout, experts=rollout.experts[order]))
     with pytest.raises(ParityBroken):
-        backward(trainer, shuffled, advantages_of(rollouts), UpdateOptions(replays_experts=True))
+        backward(trainer, shuffled, lessons_of(rollouts), UpdateOptions(replays_experts=True))
 
 
 def test_sampling_that_shapes_the_distribution_is_refused(trainer: Trainer, engine: Engine) -> None:

@@ -8,9 +8,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 CHUNK = 512  # prompt tokens of one step, for every engine
 WARM_STEPS = 2  # decode steps of a turn that are not timed: others have used the caches since the last turn
@@ -38,24 +38,23 @@ class Engine(Protocol):
 
 def serve(load: Callable[[], Engine]) -> None:
     """Answers the driver until its end of the pipe closes. What libraries print goes to stderr."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    answers = open_answers()
     engine = load()
-    _answer(answers, engine.facts())
+    answer(answers, engine.facts())
     for line in sys.stdin:
         question = json.loads(line)
         do = question.pop("do")
         if do == "score":
-            _answer(answers, engine.score(**question))
+            answer(answers, engine.score(**question))
         elif do == "open":
             start_s = time.perf_counter()
             engine.open(**question)
-            _answer(answers, {"seconds": time.perf_counter() - start_s})
+            answer(answers, {"seconds": time.perf_counter() - start_s})
         elif do == "decode":
-            _answer(answers, {"seconds": _decode(engine, **question), "peak_bytes": _peak_bytes()})
+            answer(answers, {"seconds": _decode(engine, **question), "peak_bytes": _peak_bytes()})
         elif do == "close":
             engine.close()
-            _answer(answers, {})
+            answer(answers, {})
         else:
             raise ValueError(f"the driver asks for {do!r}")
 
@@ -73,8 +72,15 @@ def _decode(engine: Engine, steps: int, seconds: float) -> list[float]:
     return timings
 
 
-def _answer(stream: Any, answer: dict[str, Any]) -> None:
-    stream.write(json.dumps(answer) + "\n")
+def open_answers() -> TextIO:
+    """Where answers go. What libraries print goes to stderr from now on."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def answer(stream: TextIO, facts: Mapping[str, Any]) -> None:
+    stream.write(json.dumps(facts) + "\n")
     stream.flush()
 
 
@@ -113,8 +119,8 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"the worker {self.name} ended with code {self.end()}; see above")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        found: dict[str, Any] = json.loads(line)
+        return found
 
     def end(self) -> int:
         """Closes the pipes, which ends the worker, and waits for it: its exit code."""

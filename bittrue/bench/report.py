@@ -14,6 +14,7 @@ from bittrue.bench.report_cache import (
     speculation_tables,
 )
 from bittrue.bench.report_rl import REPLAY, replay_tables
+from bittrue.bench.report_rl_peer import RL_PEER, rl_peer_tables
 from bittrue.bench.report_train import TASKS, TRAINING, task_tables, training_tables
 from bittrue.bench.result import Label, Result
 from bittrue.bench.targets import Results, Target, targets
@@ -85,6 +86,7 @@ def page(results: Results) -> str:
         (TASKS, "tasks", task_tables),
         (TRAINING, "training", training_tables),
         (REPLAY, "rl-replay", replay_tables),
+        (RL_PEER, "rl-trl", rl_peer_tables),
         ("## Under load\n\n", "serving", _seconds_table),
         ("## A long prompt over HTTP\n\n", "long-prompt", _chunks_table),
     )

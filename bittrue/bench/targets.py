@@ -66,6 +66,7 @@ def targets(results: Results) -> list[Target]:
         *_of(results, "tasks", _tasks),
         *_of(results, "training", _training),
         *_of(results, "rl-replay", _replay),
+        *_of(results, "rl-trl", _rl_peer),
     ]
 
 
@@ -202,3 +203,9 @@ def _replay(result: Result | None) -> Iterator[Target]:
             seen = result.find(name, **found, rollout=precision) if result else None
             measure = f"rollouts in {precision}, mean difference, replay: {name}{model}"
             yield Target(measure, "ratio", bound, is_least, seen)
+
+
+def _rl_peer(result: Result | None) -> Iterator[Target]:
+    model = f" ({result.config['model']})" if result else ""
+    seen = result.find("step, TRL over bittrue") if result else None
+    yield Target(f"steps of reinforcement learning a second, over TRL's{model}", "ratio", 3.0, True, seen)

@@ -137,6 +137,20 @@ def results(tmp_path: Path) -> dict[str, Result]:
         for by, speed, ratio in (("transformers, fastest", 100.0, None), ("bittrue, published", 350.0, 3.5))
         for m in trained({"by": by, "length": 64}, speed, ratio)
     ]
+    way = {"experts": "eager", "passes": 2}
+    rl_peer = [
+        measured("tried step", "s", [3.0], way),
+        *(
+            m
+            for by, labels in (("bittrue", {}), ("trl", way))
+            for m in (
+                measured("step", "s", [1.0], {"by": by, **labels}),
+                measured("tokens of an answer", "count", [8.25], {"by": by}),
+                measured("answers trained on", "ratio", [0.75], {"by": by}),
+            )
+        ),
+        measured("step, TRL over bittrue", "ratio", [2.5, 2.75, 3.5], {}),
+    ]
     flash = {"index_heads": 64, "index_topk": 512}
     for name, result in {
         "frontier.json": stored("frontier", frontier, model="flash4", threads=2, **flash),
@@ -150,6 +164,7 @@ def results(tmp_path: Path) -> dict[str, Result]:
         "speculation-mini.json": stored("speculation", on_tasks, model="mini", tasks=10, threads=2),
         "tasks-mini.json": stored("tasks", tasks, model="mini", split="test", threads=2),
         "training-mini.json": stored("training", training, preset="mini", tokens=4096, threads=2),
+        "rl-trl.json": stored("rl-trl", rl_peer, model="mini", task="sort", prompts=3, group=4, max_tokens=5),
     }.items():
         write_result(tmp_path / name, result)
     return read_results(tmp_path)
@@ -185,11 +200,12 @@ def test_targets_are_judged_by_the_stored_medians(results: dict[str, Result]) ->
     assert found["countdown, right answers, drawn, headroom (mini)"] is False  # 0.6, at most 0.5
     assert found["training, documents of 64 tokens, over the fastest of transformers (mini)"] is True
     assert found["training, documents of 256 tokens, over the fastest of transformers"] is None
+    assert found["steps of reinforcement learning a second, over TRL's (mini)"] is False  # 2.75, at least 3
 
 
 def test_every_target_is_listed_when_nothing_is_stored() -> None:
     found = verdicts({})
-    assert len(found) == 6 + 2 + 3 + 6 + 2 + 8 + 1 + 5 + 10 + 3 + 7
+    assert len(found) == 6 + 2 + 3 + 6 + 2 + 8 + 1 + 5 + 10 + 3 + 7 + 1
     assert set(found.values()) == {None}
     assert "not measured" in page({})
 
@@ -239,6 +255,12 @@ def test_the_page_holds_every_number_with_its_source(results: dict[str, Result])
     assert ["sort", "1.25", "1.25", "1.75", "50% of 2,000", "", "", ""] in rows
     assert ["transformers, fastest", "100 (eager, 1,024 tokens a pass)"] in rows
     assert ["**bittrue, published, over transformers, fastest**", "3.50"] in rows
+    head = next(row for row in rows if row[0].startswith("mini, sort, 3 x 4 answers of up to 5 tokens"))
+    assert head[1:] == ["step", "rollout", "train", "publish", "tokens of an answer", "right answers",
+                        "answers trained on"]  # fmt: skip
+    assert ["trl (eager, 2 passes)", "1.00 s", "", "", "", "8.2", "", "75%"] in rows
+    assert ["**trl over bittrue**", "2.75 (2.50 to 3.50)", "", "", "", "", "", ""] in rows
+    assert ["trl, tried before (eager, 2 passes)", "3.00 s", "", "", "", "", "", ""] in rows
     sources = [row for row in rows if row[1:2] == ["`make peers`"]]
     assert sources == [["`peers-t256.json`", "`make peers`", "`abc`", "2026-01-02", "CPU, 2 cores",
                         "preset t256, threads 2"]]  # fmt: skip

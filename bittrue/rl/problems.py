@@ -3,12 +3,10 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, overload
 
 from bittrue.errors import ConfigError
-from bittrue.rl import source
 from bittrue.rl.rollout import Prompt
+from bittrue.rl.source import Asked
 from bittrue.rl.types import Outcome, Rollout, Scored
 from bittrue.rl.verifiers.health import Health
 from bittrue.text.parser import parse_answer
@@ -18,17 +16,6 @@ from bittrue.train.tasks.render import Renderer
 from bittrue.train.tasks.task import Problem, Split, problem_in, seeded
 
 _DIGESTED = 64  # prompts of the first step that stand in the digest for what the tasks generate
-
-
-@dataclass(frozen=True, slots=True)
-class Asked(source.Asked):
-    """A problem and the prompt that asks it."""
-
-    judge: Problem = field(repr=False)
-
-    @property
-    def problem(self) -> Problem:
-        return self.judge
 
 
 class Problems:
@@ -63,16 +50,8 @@ class Problems:
             asked.append(Asked(prompt, task.name, problem))
         return asked
 
-    @overload
-    def score(self, pairs: Sequence[tuple[source.Asked, Sequence[Rollout]]]) -> list[list[Scored]]: ...
-
-    @overload
-    def score(self, pairs: Asked, rollouts: Sequence[Rollout]) -> list[Scored]: ...
-
-    def score(self, pairs: Any, rollouts: Sequence[Rollout] = ()) -> Any:
+    def score(self, pairs: Sequence[tuple[Asked, Sequence[Rollout]]]) -> list[list[Scored]]:
         """1 for an answer its checker takes, else 0; one cut at its limit is unparsable."""
-        if isinstance(pairs, Asked):
-            return [self._scored(pairs, rollout) for rollout in rollouts]
         return [[self._scored(asked, rollout) for rollout in rollouts] for asked, rollouts in pairs]
 
     def digest(self) -> str:
@@ -88,7 +67,15 @@ class Problems:
     def close(self) -> None:
         return
 
-    def is_right(self, problem: Problem, token_ids: Sequence[int]) -> bool:
+    def _scored(self, asked: Asked, rollout: Rollout) -> Scored:
+        assert isinstance(asked.judge, Problem), "another source asked this"
+        if rollout.is_truncated:
+            return Scored(rollout, 0.0, "unparsable")
+        is_right = self._is_right(asked.judge, rollout.answer_ids.tolist())
+        outcome: Outcome = "right" if is_right else "wrong"
+        return Scored(rollout, float(is_right), outcome)
+
+    def _is_right(self, problem: Problem, token_ids: Sequence[int]) -> bool:
         """Whether these tokens, the end token among them, answer the problem."""
         eos = self._tokenizer.eos_id
         if not token_ids or token_ids[-1] != eos:
@@ -101,11 +88,3 @@ class Problems:
             parse_tools=False,
         )
         return problem.questions[0].check([answer])
-
-    def _scored(self, asked: source.Asked, rollout: Rollout) -> Scored:
-        assert isinstance(asked.judge, Problem), "another source asked this"
-        if rollout.is_truncated:
-            return Scored(rollout, 0.0, "unparsable")
-        is_right = self.is_right(asked.judge, rollout.answer_ids.tolist())
-        outcome: Outcome = "right" if is_right else "wrong"
-        return Scored(rollout, float(is_right), outcome)

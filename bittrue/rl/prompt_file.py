@@ -111,10 +111,8 @@ class PromptReader:
         tools = parse_tools(entry.get("tools"))
         encoded = self._codec.encode_chat(messages, ChatOptions(tools=tools, thinking=self._thinking))
         if len(encoded.token_ids) > self._max_tokens:
-            raise UsageError(
-                f"the prompt has {len(encoded.token_ids)} tokens, and {self._max_tokens} fit beside an answer; "
-                "shorten it, or lower rollout.max_tokens"
-            )
+            fact = f"the prompt has {len(encoded.token_ids)} tokens, {self._max_tokens} fit beside an answer"
+            raise UsageError(f"{fact}; shorten it, or lower rollout.max_tokens")
         table = entry.get("verifier", self._verifier)
         if not isinstance(table, Mapping) or not table:
             raise UsageError("the row has no verifier; give it one, or all of them data.verifier")

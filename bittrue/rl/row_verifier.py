@@ -36,7 +36,7 @@ def verifier_of(
     if values["kind"] == _REWARD_FUNCTION:
         return _reward_function(values, columns, prompt)
     try:
-        found: Sent = msgspec.convert(values, Sent)  # type: ignore[call-overload]
+        found: Sent = msgspec.convert(values, Sent)
     except msgspec.ValidationError as error:
         raise UsageError(f"verifier {values['kind']!r}: {error}") from error
     return found

@@ -25,6 +25,7 @@ from bittrue.train.config import ModelSection
 from bittrue.train.trainer import Trainer
 
 _FIRST_WEIGHTS = "policy-0"
+_MAX_ASKED = 1 << 20  # answers under way: the loop bounds them
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +133,7 @@ def _engine(config: RlConfig, first: Path, threads: int) -> RolloutEngine:
         kv_memory=rollout.kv_memory,
         max_running=rollout.max_running,
         max_step_tokens=rollout.max_step_tokens,
+        max_queue=_MAX_ASKED,
         speculation=rollout.speculation,
         log_level="warning",
     )

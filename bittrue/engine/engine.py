@@ -169,6 +169,8 @@ class Engine:
         self.parts = replace(self.parts, weight_version=self._weights.version)
         for output in self._outputs.values():
             output.versions.append((len(output.generated), self._weights.version))
+            if output.record is not None and running == "retract":
+                output.record.forget()
         return True
 
     def flush(self) -> dict[str, int]:

@@ -26,12 +26,16 @@ class ChoiceRecord:
         self._first_choice = CSA_RATIO * (config.index_topk + 1) - 1
         self._experts = np.zeros((0, num_routers, config.experts_per_token), expert_dtype)
         self._rows = np.zeros((0, num_indexes, config.index_topk), row_dtype)
-        self._first: int | None = None
+        self._first = self._end = 0  # the positions recorded
 
     def take(self, start: int, chosen: Chosen, rows: slice) -> None:
         """``rows`` of the step's choices are those of the positions from ``start`` on."""
         end = start + rows.stop - rows.start
-        self._first = start if self._first is None else min(self._first, start)
+        if start > self._end or end < self._first:
+            # Another sequence computed what lies between (after a preemption it came out of the cache).
+            self._first, self._end = start, end
+        else:
+            self._first, self._end = min(start, self._first), max(end, self._end)
         self._experts = _grown(self._experts, end)
         for i, ids in enumerate(chosen.experts):
             self._experts[start:end, i] = ids[rows].numpy()
@@ -43,10 +47,15 @@ class ChoiceRecord:
                 picked = ids[rows.start + begin - start : rows.stop]
                 self._rows[begin - free : end - free, i] = picked.numpy()
 
+    def forget(self) -> None:
+        """All that was recorded: the weights are others, and every position is computed with them."""
+        self._first = self._end = 0
+
     def choices(self, num_tokens: int, versions: Sequence[tuple[int, str]]) -> Choices:
         """Of the first ``num_tokens`` tokens, as many as were computed. ``versions``: of the weights, by the
         generated token they begin with."""
-        first = num_tokens if self._first is None else min(self._first, num_tokens)
+        # A sequence that ends before its last token is computed has no record that reaches there.
+        first = self._first if self._first < num_tokens <= self._end else num_tokens
         free = self._first_choice
         first_row = max(first, free)
         experts = self._experts[first:num_tokens]

@@ -13,6 +13,8 @@ from bittrue.engine.record import expert_ids, row_ids
 from bittrue.engine.types import Choices, Request, SamplingParams, TokenEvent
 from bittrue.model.batch import Segment
 from bittrue.model.presets import make_checkpoint
+from bittrue.model.publication import Publisher
+from bittrue.model.weights import load_checkpoint
 from bittrue.ops.recorded import Chosen
 
 TOPK, VOCAB = 6, 512
@@ -140,3 +142,67 @@ def test_ids_take_as_few_bytes_as_they_need(model: Path) -> None:
     assert len(choices.experts) == int(np.prod(choices.expert_shape))
     assert len(choices.rows) == int(np.prod(choices.row_shape))
     engine.close()
+
+
+def test_what_another_sequence_computed_after_a_preemption_is_not_claimed(model: Path, plain: Engine) -> None:
+    engine = engine_of(model, prefix_cache=True, max_step_tokens=16, max_running=1)
+    one = requests()[3]
+    other = msgspec.structs.replace(one, request_id="other", params=requests()[4].params, priority=-1)
+    engine.add(one)
+    for _ in range(3):
+        engine.step()
+    assert engine.preempt(one.request_id)
+    engine.add(other)  # computes the rest of the prompt
+    tokens: dict[str, list[int]] = {one.request_id: [], other.request_id: []}
+    choices: dict[str, Choices] = {}
+    while engine.has_work():
+        for event in engine.step():
+            tokens[event.request_id] += event.token_ids
+            if event.choices is not None:
+                choices[event.request_id] = event.choices
+    firsts = [choices[name].first for name in tokens]
+    assert 48 < firsts[0] < len(one.prompt), "it took nothing from the other one"
+    for name, first in zip(tokens, firsts, strict=True):
+        assert_recorded(choices[name], chosen_at_once(plain, (*one.prompt, *tokens[name][:-1])), first)
+    engine.close()
+
+
+def test_an_aborted_prefill_has_no_record(model: Path) -> None:
+    engine = engine_of(model, max_step_tokens=16)
+    engine.add(requests()[3])
+    engine.step()
+    engine.abort("r3")
+    (event,) = engine.step()
+    assert event.choices is not None and event.choices.first == len(requests()[3].prompt) - 1
+    assert len(expert_ids(event.choices)) == len(row_ids(event.choices)) == 0
+    engine.close()
+
+
+def test_positions_are_recorded_as_the_weights_of_the_rows_chose(
+    model: Path, tmp_path: Path, plain: Engine
+) -> None:
+    other = make_checkpoint("tiny", 1, "fp4", tmp_path / "other", **SHAPE)
+    update = Publisher().update(dict(load_checkpoint(other).all_tensors()))
+    engine = engine_of(model, prefix_cache=True, max_step_tokens=16, max_running=1)
+    one = requests()[3]
+    engine.add(one)
+    tokens: list[int] = []
+    while len(tokens) < 5:
+        tokens += [token for event in engine.step() for token in event.token_ids]
+    # The prompt is computed by a sequence that comes before it, with the new weights.
+    assert engine.preempt(one.request_id)
+    engine.update_weights(update, running="retract")
+    first = msgspec.structs.replace(one, request_id="first", priority=-1, prompt=one.prompt[:100])
+    engine.add(first)
+    last = None
+    while engine.has_work():
+        for event in engine.step():
+            if event.request_id == one.request_id:
+                tokens += event.token_ids
+                last = event.choices or last
+    assert last is not None and [version for _, version in last.versions][1:] == [update.version]
+    changed = engine_of(other)
+    assert last.first > 0, "it took nothing from the other one"
+    assert_recorded(last, chosen_at_once(changed, (*one.prompt, *tokens[:-1])), last.first)
+    engine.close()
+    changed.close()

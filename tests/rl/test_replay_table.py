@@ -1,12 +1,18 @@
 """What the engine chose, beside what the trainer chooses: equal, near, repeated, or of other tokens."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from support.training import VOCAB, export, tiny_trainer
 
+from bittrue.bench.report import page
+from bittrue.bench.result import Label, Measurement, Result, Unit, decode_result, measured
+from bittrue.bench.targets import targets
 from bittrue.engine.engine import Engine
 from bittrue.engine.types import SamplingParams
 from bittrue.errors import ParityBroken, RolloutInvalid
@@ -17,6 +23,7 @@ from bittrue.rl.rollout import Inbox, Prompt, Sampler
 from bittrue.rl.types import Rollout
 from bittrue.train.trainer import Trainer
 
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "rl_replay.py"
 LENGTHS = (70, 133)
 FREE = 4 * (8 + 1) - 1  # with index_topk = 8: tokens that read every row they see
 
@@ -177,3 +184,86 @@ def test_records_that_would_be_read_beyond_what_is_there_are_refused(
         routes_of(config, [replace(rollout, experts=experts)])
     with pytest.raises(RolloutInvalid, match=r"a token has experts \[1, \d\] \(layers, ids\), not \["):
         routes_of(config, [replace(rollout, experts=experts[:, :1])])
+
+
+# ---- the table -------------------------------------------------------------------------------------------
+
+
+def seen(name: str, unit: Unit, values: list[float], labels: dict[str, Label]) -> Measurement:
+    return measured(name, unit, values, {**labels, "mean": float(np.mean(values))})
+
+
+def stored(rollout: str, differing: float, ratios: dict[str, list[float]]) -> Iterator[Measurement]:
+    """What one policy's rollouts in one precision give, without replay."""
+    labels: dict[str, Label] = {"policy": "as it is", "rollout": rollout}
+    yield seen("rounding of weights", "ratio", [0.0182], labels)
+    where: dict[str, Label] = {**labels, "replay": "none"}
+    here: dict[str, Label] = {**where, "answers": "sampled"}
+    yield seen("tokens compared", "count", [1024.0], here)
+    yield seen("tokens that differ", "count", [differing], here)
+    yield seen("difference, mean", "nats", [0.1, 0.2, 0.4, 0.2, 0.1] if differing else [0.0], here)
+    yield seen("difference, largest", "nats", [1.5 if differing else 0.0], here)
+    yield seen("router flips", "ratio", [0.05 if differing else 0.0], where)
+    yield seen("records refused", "ratio", [0.0], where)
+    for name, values in ratios.items():
+        yield seen(name, "ratio", values, {**labels, "answers": "sampled"})
+
+
+def test_the_page_says_what_was_stored_and_which_target_does_not_hold() -> None:
+    found = [
+        *stored("f32", 0.0, {}),
+        *stored("bf16", 1000.0, {"both over none": [0.4, 0.5, 0.6], "shuffled over both": [100.0]}),
+        *stored("fp4", 1024.0, {"both over none": [0.59, 0.61, 0.7], "shuffled over both": [2.9]}),
+    ]
+    config: dict[str, Label] = {"model": "mini", "threads": 2}
+    result = Result("rl-replay", "CPU", 2, "abc", "2026-01-02T03:04:05+00:00", "x", config, tuple(found))
+    verdicts = {t.measure: t.is_met for t in targets({"r.json": result}) if t.measure.startswith("rollouts")}
+    assert verdicts == {
+        "rollouts in f32, log-probabilities that differ (mini)": True,
+        "rollouts in bf16, mean difference, replay: both over none (mini)": True,
+        "rollouts in bf16, mean difference, replay: shuffled over both (mini)": True,
+        "rollouts in fp8, mean difference, replay: both over none": None,
+        "rollouts in fp8, mean difference, replay: shuffled over both": None,
+        "rollouts in fp4, mean difference, replay: both over none (mini)": False,
+        "rollouts in fp4, mean difference, replay: shuffled over both (mini)": False,
+    }
+    text = page({"r.json": result})
+    assert "| f32 | none | 0 | 0 |  |  | 0 of 1,024 | 0.00% |  | 0% |" in text
+    assert "| fp4 | none | 2.00e-01 (1.00e-01 to 4.00e-01) | 1.50e+00 |" in text  # the mean, not the median
+    assert "| as it is | bf16 | 1.82% | sampled | 2.00e-01 |  |  | 0.50 (0.40 to 0.60) | 100.00 |" in text
+
+
+@pytest.mark.slow
+def test_rollouts_of_the_same_arithmetic_are_exact_and_misplaced_records_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    sizes = ["--seeds", "1", "--prompts", "1", "--steps", "1", "--threads", "1"]
+    model = str(SCRIPT.parents[1] / "models" / "mini")
+    command = [sys.executable, str(SCRIPT), "--model", model, "--out", str(out), *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = decode_result(out.read_bytes(), source="out.json")
+
+    def value(name: str, **labels: Label) -> float:
+        found = result.find(name, **labels)
+        assert found is not None, (name, labels)
+        return found.median
+
+    for policy in ("as it is", "after 1 steps in float32"):
+        for way in ("none", "routing", "index", "both"):
+            where: dict[str, Label] = {"policy": policy, "rollout": "f32", "replay": way}
+            for answers in ("sampled", "given"):
+                assert value("tokens that differ", **where, answers=answers) == 0
+            assert value("router flips", **where) == value("index flips", **where) == 0
+        for rollout in ("f32", "bf16", "fp8", "fp4"):
+            where = {"policy": policy, "rollout": rollout}
+            refused = {
+                w: value("records refused", **where, replay=w) for w in ("none", "shuffled", "shifted")
+            }
+            assert refused == {"none": 0, "shuffled": 1, "shifted": 1}
+        assert value("both over none", policy=policy, rollout="bf16", answers="sampled") < 1
+    # The bundled weights are on the grids of every format; trained ones are not.
+    same = "seeds equal to the precision before"
+    for policy, is_on_grid in (("as it is", True), ("after 1 steps in float32", False)):
+        assert (value("rounding of weights", policy=policy, rollout="fp4") == 0) is is_on_grid
+        assert (value(same, policy=policy, rollout="fp4") == 1) is is_on_grid
+        assert value(same, policy=policy, rollout="bf16") == 0

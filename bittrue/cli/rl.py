@@ -26,6 +26,9 @@ def rl(
     *,
     out: Annotated[Path | None, Parameter(help="Run directory, in place of run.out.")] = None,
     export: Annotated[Path | None, Parameter(help="Write the published checkpoint there at the end.")] = None,
+    require_sandbox: Annotated[
+        bool, Parameter(help="Refuse to run verifiers that only limits hold.", negative="")
+    ] = False,
 ) -> int:
     """Train a policy as the run file RUN says: sample, score by checkers, compare what the trainer computes
     with what was sampled, step, publish. A run directory that has checkpoints is gone on with.
@@ -37,7 +40,10 @@ def rl(
     run:
         TOML file: model, tasks, rollouts, policy, optimiser (docs/rl.md).
     """
-    config = load_run_file(RlConfig, run, {} if out is None else {"run.out": str(out)})
+    overrides: dict[str, object] = {} if out is None else {"run.out": str(out)}
+    if require_sandbox:
+        overrides["verifiers.require_sandbox"] = True
+    config = load_run_file(RlConfig, run, overrides)
     if not config.run.out:
         raise ConfigError(
             f"{run}: run.out is missing; name the run directory, or give --out", field="run.out"

@@ -22,7 +22,7 @@ from bittrue.train.checkpoint import write_file
 CERTIFICATE_FILE = "certificate.json"
 FORMAT = 1
 _DROPPED = "rollout/dropped/"
-_SECONDS = ("rollout", "train", "sync")
+_SECONDS = ("rollout", "train", "sync", "eval")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ class Weights:
 class ParityTable:
     """Trainer against engine. ``compared``: before each gradient or, where a step learns from answers of
     older weights, as answers come. ``steps`` measured it, of these ``steps_differing`` had a token with any
-    other bit; ``unmeasured`` stepped without. ``worst``, by metric: the largest size, of an overlap the smallest.
-    ``not_numbers``: values that were none."""
+    other bit; ``unmeasured`` stepped without. ``worst``, by metric: the largest size, of an overlap the
+    smallest. ``not_numbers``: values that were none."""
 
     mode: str
     compared: Literal["before each gradient", "as answers come"]
@@ -310,9 +310,19 @@ def _steps(run: RunFiles) -> Steps:
         asked=asked,
         is_finished=done >= asked,
         resumed=tuple(each.step for each in _ran(run)[1:]),
-        engine_restarts=sum(each.engine_restarts for each in run.steps),
+        engine_restarts=_restarts(run),
         begun_at=_ran(run)[0].begun_at,
     )
+
+
+def _restarts(run: RunFiles) -> int:
+    """Of engines, in all sittings: each counts its own."""
+    total = before = 0
+    begun = {each.step for each in _ran(run)}
+    for each in run.steps:
+        before = 0 if each.step in begun else before
+        total, before = total + each.engine_restarts - before, each.engine_restarts
+    return total
 
 
 def _weights(steps: Sequence[StepFacts]) -> Weights:
@@ -458,6 +468,6 @@ def _held_out(run: RunFiles) -> dict[str, tuple[tuple[int, float], ...]]:
 
 
 def _seconds(run: RunFiles) -> dict[str, float]:
-    """Wall time of all steps, and of their parts; parts of a loop that samples while it trains overlap."""
+    """Wall time of all steps and of their parts; that of held-out measurements (eval) is beside it."""
     parts = {part: math.fsum(v for _, v in run.curve(f"perf/{part}_seconds")) for part in _SECONDS}
     return {"steps": math.fsum(each.seconds for each in run.steps), **parts}

@@ -79,6 +79,7 @@ _PICTURES = (
             "perf/rollout_seconds": "sampling and scoring",
             "perf/train_seconds": "update",
             "perf/sync_seconds": "publishing",
+            "perf/eval_seconds": "held out",
         },
     ),
 )
@@ -217,7 +218,7 @@ def _parity(certificate: Certificate) -> str:
 
 
 def _answers(certificate: Certificate) -> str:
-    total = certificate.seconds["steps"]
+    total = certificate.seconds["steps"] + certificate.seconds["eval"]
     rows = {
         "answers judged": f"{sum(certificate.outcomes.values()):,}",
         "timeouts, crashes": ", ".join(
@@ -231,7 +232,7 @@ def _answers(certificate: Certificate) -> str:
         (name, _duration(seconds), f"{seconds / total:.0%}" if total else "-")
         for name, seconds in certificate.seconds.items()
     ]
-    return facts(rows) + table(("wall clock", "time", "of the steps"), times)
+    return facts(rows) + table(("wall clock", "time", "of all"), times)
 
 
 def _comparison(runs: Sequence[Curves]) -> list[str]:
@@ -245,8 +246,8 @@ def _comparison(runs: Sequence[Curves]) -> list[str]:
                 width = _ENDS if name == "reward/mean" else 1
                 ends = (_mean(points[:width]), _mean(points[-width:]), max(points))
                 head = f"{run.name}: {name}" if len(runs) > 1 else name
-                rows.append((head, str(len(run.metrics)), *(f"{value:.4f}" for value in ends)))
-    parts = {"First and last": table(("curve", "steps", "first", "last", "largest"), rows)}
+                rows.append((head, str(len(points)), *(f"{value:.4f}" for value in ends)))
+    parts = {"First and last": table(("curve", "values", "first", "last", "largest"), rows)}
     parts["First and last"] += f'<p class="quiet">Rewards: means of {_ENDS} steps, and the largest step.</p>'
     if len(runs) > 1:
         own = _settings(runs[0].settings)

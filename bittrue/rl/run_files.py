@@ -11,6 +11,7 @@ import msgspec
 
 from bittrue.errors import CheckpointError
 from bittrue.rl.environment import ENVIRONMENT_FILE, Sitting, read_sittings
+from bittrue.train.checkpoint import write_file
 from bittrue.train.metrics import METRICS_FILE, read_metrics
 
 CONFIG_FILE = "run.json"
@@ -25,7 +26,8 @@ class StepFacts:
 
     ``weights_*``: versions the engine had before it and has after it; ``masters_after``, ``prompts``,
     ``record``: digests, in hex. ``outcomes``: answers by what their verifier said. ``versions``: those that
-    sampled the tokens trained on, with their policy number. ``seconds`` of the whole step.
+    sampled the tokens trained on, with their policy number. ``engine_restarts``: so far, in this sitting.
+    ``seconds`` of the whole step, held-out measurements left out.
     """
 
     step: int
@@ -53,8 +55,9 @@ class SourceFacts:
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """What a run directory says. ``metrics`` and ``steps`` are whole and of the same steps, 0 to the last;
-    ``torn`` says which lines are not."""
+    """What a run directory says. ``metrics`` and ``steps`` are whole and of the same steps, 0 to the last; where
+    that is the last of the run, one more line of metrics has what was held out then. ``torn`` says which lines
+    are not whole."""
 
     directory: Path
     config: Mapping[str, Any]
@@ -75,7 +78,7 @@ class RunFiles:
 
 def read_run(directory: Path) -> RunFiles:
     """Raises CheckpointError that names the file where one is missing or not what a run writes."""
-    metrics = _lines(directory / METRICS_FILE)
+    config, metrics = read_settings(directory), _lines(directory / METRICS_FILE)
     steps = [_step(directory / STEPS_FILE, line) for line in _lines(directory / STEPS_FILE)]
     torn = [*_torn(directory / METRICS_FILE, len(metrics)), *_torn(directory / STEPS_FILE, len(steps))]
     if abs(len(metrics) - len(steps)) > 1:
@@ -85,15 +88,22 @@ def read_run(directory: Path) -> RunFiles:
         numbers = [each.step if isinstance(each, StepFacts) else int(each) for each in found]
         if numbers != list(range(len(numbers))):
             torn.append(f"{name} does not have every step once, in order")
+    is_finished = both >= int(setting(directory, config, "run.steps"))
     return RunFiles(
         directory,
-        read_settings(directory),
-        metrics[:both],
+        config,
+        metrics[: both + int(is_finished)],
         steps[:both],
         _source(directory / SOURCE_FILE),
         read_sittings(directory / ENVIRONMENT_FILE),
         torn,
     )
+
+
+def write_source(directory: Path, source: SourceFacts) -> None:
+    """Writes source.json. Raises CheckpointError where that fails."""
+    encoded = msgspec.json.format(msgspec.json.encode(source), indent=1)
+    write_file(directory / SOURCE_FILE, encoded.decode() + "\n")
 
 
 def read_settings(directory: Path) -> dict[str, Any]:

@@ -36,15 +36,15 @@ def test_a_certificate_condenses_its_run(run: Path) -> None:
     assert made.holds and made.problems == ()
     assert made.verdict == "difference 0 at every of 4 steps over 400 tokens"
     assert (made.steps.done, made.steps.asked, made.steps.is_finished) == (5, 5, True)
-    assert (made.steps.resumed, made.steps.engine_restarts) == ((2,), 1)
+    assert (made.steps.resumed, made.steps.engine_restarts) == ((2,), 2)
     assert made.parity.mode == "exact" and made.parity.steps_differing == made.parity.tokens_differing == 0
     assert made.parity.worst["parity/logprob_abs_diff/max"].value == 0.0
     assert made.outcomes == {"right": 30, "wrong": 30}
     assert made.groups == 15 and made.drops == {"zero_spread": 7}
-    assert made.held_out == {"eval/countdown/greedy": ((0, 0.25), (2, 0.375), (4, 0.5))}
+    assert made.held_out == {"eval/countdown/greedy": ((0, 0.25), (2, 0.375), (4, 0.5), (5, 0.625))}
     assert made.seeds == {"data.seed": 3, "source": 3}
     assert made.data["source"] == hex_of("data") and made.data["held_out.countdown"] == hex_of("held out")
-    assert made.seconds == {"steps": 17.5, "rollout": 10.0, "train": 5.0, "sync": 1.25}
+    assert made.seconds == {"steps": 17.5, "rollout": 10.0, "train": 5.0, "sync": 1.25, "eval": 2.5}
     assert made.staleness["rollout/staleness/max"].high == 1.0
     assert made.correction.extents["is/ess_ratio"].steps == 4
     assert made.code.sources == "cd" * 32 and made.code.environments == 1
@@ -219,11 +219,11 @@ def test_a_changed_certificate_is_noticed(run: Path) -> None:
 
 def test_a_certificate_that_was_changed_with_its_digest_is_recomputed(run: Path) -> None:
     path = write_certificate(run)
-    held = json.loads(path.read_text())
+    held, metrics = json.loads(path.read_text()), (run / "metrics.jsonl").read_bytes()
     edit_line(run / "metrics.jsonl", 4, **{"eval/countdown/greedy": 0.9})
     better = json.loads(write_certificate(run).read_text())
     # Curves that were made up, under the digests of the true files, signed anew.
-    write_lines(run / "metrics.jsonl", [metrics_of(step) for step in range(5)])
+    (run / "metrics.jsonl").write_bytes(metrics)
     path.write_text(json.dumps({**better, "files": held["files"]}))
     with pytest.raises(CertificateInvalid) as caught:
         check_certificate(path)

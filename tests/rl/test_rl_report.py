@@ -44,7 +44,7 @@ def test_a_report_says_what_the_certificate_says(run: Path) -> None:
     text, made = write_report(run).read_text(), make_certificate(run)
     assert f'<p class="verdict good">{made.verdict}</p>' in text
     assert "5 of 5 steps, begun" in text and "without an answer to learn from: 1;" in text
-    assert "taken on at step 2; restarts of an engine: 1" in text
+    assert "taken on at step 2; restarts of an engine: 2" in text
     cells = cells_of(text)
     for name, value in {
         "asked for": "exact, compared before each gradient",

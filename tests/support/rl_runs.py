@@ -10,6 +10,7 @@ import msgspec
 
 from bittrue.rl.config import RlConfig
 from bittrue.rl.environment import Environment, Sitting, Sittings
+from bittrue.rl.run_files import SourceFacts, write_source
 from bittrue.train.run_file import checked
 
 ENVIRONMENT = Environment(
@@ -53,6 +54,7 @@ def metrics_of(step: int) -> dict[str, Any]:
         "perf/rollout_seconds": 2.0,
         "perf/train_seconds": 1.0,
         "perf/sync_seconds": 0.25,
+        "perf/eval_seconds": 0.5,
         "perf/sync_bytes": 1e6,
     }
     if step % 2 == 0:
@@ -86,14 +88,14 @@ def facts_of(step: int, *, name: str = "run") -> dict[str, Any]:
         "record": "",
         "outcomes": {"right": 4 + step, "wrong": 8 - step},
         "versions": {before: step} if step != 2 else {},
-        "engine_restarts": int(step == 1),
+        "engine_restarts": int(step in (1, 3, 4)),  # from step 2 on those of another sitting
         "seconds": 3.5,
         "begun_at": f"2026-01-01T00:00:{step:02d}+00:00",
     }
 
 
 def settings_of(**sections: dict[str, Any]) -> RlConfig:
-    given = {
+    given: dict[str, dict[str, Any]] = {
         "model": {"start": "models/mini"},
         "data": {"tasks": {"countdown": 1.0}, "seed": 3},
         "run": {"steps": 5, "out": "runs/a"},
@@ -110,12 +112,20 @@ def write_run(directory: Path, *, steps: int = 5, **sections: dict[str, Any]) ->
     """A run of ``steps`` steps in which every bit agreed, resumed once; its weights are its name's."""
     directory.mkdir(parents=True, exist_ok=True)
     name = directory.name
-    (directory / "run.json").write_text(settings_of(**sections).model_dump_json(indent=1) + "\n")
-    write_lines(directory / "metrics.jsonl", [metrics_of(step) for step in range(steps)])
+    config = settings_of(**sections)
+    (directory / "run.json").write_text(config.model_dump_json(indent=1) + "\n")
+    last = [{"step": steps, "eval/countdown/greedy": 0.625}] if steps == config.run.steps else []
+    write_lines(directory / "metrics.jsonl", [*(metrics_of(step) for step in range(steps)), *last])
     write_lines(directory / "steps.jsonl", [facts_of(step, name=name) for step in range(steps)])
-    source = {"digest": hex_of("data"), "seed": 3, "isolation": "none: own tasks judged in process"}
-    held_out = {"held_out": {"countdown": hex_of("held out")}}
-    (directory / "source.json").write_text(json.dumps(source | held_out) + "\n")
+    write_source(
+        directory,
+        SourceFacts(
+            digest=hex_of("data"),
+            seed=3,
+            isolation="none: own tasks judged in process",
+            held_out={"countdown": hex_of("held out")},
+        ),
+    )
     write_sittings(directory)
     return directory
 

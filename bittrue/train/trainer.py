@@ -104,7 +104,18 @@ class _Recomputed(DeepseekV4):
     def block(self, streams: Tensor, batch: Batch, block: Block, cache: LayerCache, angles: Angles) -> Tensor:
         if not torch.is_grad_enabled():
             return super().block(streams, batch, block, cache, angles)
-        result: Tensor = checkpoint(super().block, streams, batch, block, cache, angles, use_reentrant=False)
+        # Nothing here is random, and torch's generator has one lock that threads can hold against each other
+        # and the interpreter's.
+        result: Tensor = checkpoint(
+            super().block,
+            streams,
+            batch,
+            block,
+            cache,
+            angles,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
         return result
 
 

@@ -18,10 +18,12 @@ from bittrue.engine.types import (
     MemoryReport,
     PrefillProgress,
     Request,
+    Running,
     TokenEvent,
     TokenLogprob,
 )
-from bittrue.errors import CheckpointError, NotFlushed, PromptTooLong, QueueFull
+from bittrue.errors import CheckpointError, NotFlushed, PromptTooLong, PublicationRefused, QueueFull
+from bittrue.model.weight_update import WeightUpdate
 from bittrue.text.detokenize import Detokenizer
 from bittrue.text.stop import StopMatcher
 from bittrue.text.tokenizer import Tokenizer
@@ -189,6 +191,9 @@ class NgramEngine:
         if self.config.flush_error:
             raise NotFlushed(self.config.flush_error)
         return {"pages": 3, "snapshots": 1, "host": 4, "disk": 5}
+
+    def update_weights(self, update: WeightUpdate, *, running: Running) -> bool:
+        raise PublicationRefused("the stand-in has no weights; publish to a model")
 
     def _cached(self, request: Request) -> int:
         return min(self.config.num_cached, len(request.prompt) - 1)

@@ -410,24 +410,50 @@ def weights_after(settings: RlConfig, out: Path) -> dict[str, torch.Tensor]:
         return {name: leaf.detach().clone() for name, leaf in policy.trainer.masters.named.items()}
 
 
+SLOW_FUNCTION = """
+import time
+
+def places(prompts, completions, answer, **columns):
+    time.sleep(0.15)
+    return [sum(a == b for a, b in zip(c, answer[0])) / 10 for c in completions]
+"""
+
+
+def partly_solved(folder: Path) -> RlConfig:
+    """A run on sums that the bundled model gets wrong in many ways, judged slowly, by places."""
+    (folder / "rewards.py").write_text(SLOW_FUNCTION)
+    rng = random.Random(0)
+    pairs = [(rng.randrange(1000, 10000), rng.randrange(1000, 10000)) for _ in range(20)]
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in pairs]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = {"kind": "reward_function", "function": f"{folder}/rewards.py:places", "is_strict": False}
+    data = {"prompts": f"{folder}/rows.jsonl", "verifier": table}
+    rollout = {"prompts": 6, "group": 8}
+    return config(data=data, rollout=rollout, optim={"lr": 1e-3}, verifiers={"seconds": 60.0})
+
+
 @pytest.mark.slow
-def test_a_run_whose_verifiers_are_killed_from_outside_ends_in_the_same_weights(tmp_path: Path) -> None:
-    settings = config(optim={"lr": 1e-2}, rollout={"prompts": 6, "group": 8}, verifiers={"seconds": 60.0})
-    begun = weights_after(config(run={"steps": 1}, optim={"lr": 1e-12}), tmp_path / "begun")
+def test_a_run_whose_verifiers_are_killed_from_outside_ends_in_the_same_weights(
+    tmp_path: Path, pool: Pool
+) -> None:
+    settings = partly_solved(tmp_path)
     calm = weights_after(settings, tmp_path / "calm")
-    assert any(bool((begun[name] != calm[name]).any()) for name in calm)
+    here, others = os.getpid(), set(descendants(os.getpid()))
+    all_at_work = 2 * (2 if pool.isolation.kind == "limits" else 4)
     is_over, killed = threading.Event(), 0
-    here = os.getpid()
 
     def kill_some() -> None:
         nonlocal killed
         rng = random.Random(0)
-        while not is_over.wait(0.4):
-            workers = descendants(here)
-            if workers:
+        while not is_over.wait(0.02):
+            found = sorted(set(descendants(here)) - others)
+            if len(found) >= all_at_work:
                 with suppress(ProcessLookupError):
-                    os.kill(rng.choice(workers), signal.SIGKILL)
+                    os.kill(rng.choice(found), signal.SIGKILL)
                     killed += 1
+                while len(set(descendants(here)) - others) < all_at_work and not is_over.wait(0.02):
+                    pass
+                is_over.wait(0.5)  # the answer that was hit is judged again, and not hit again
 
     killer = threading.Thread(target=kill_some)
     killer.start()
@@ -436,8 +462,13 @@ def test_a_run_whose_verifiers_are_killed_from_outside_ends_in_the_same_weights(
     finally:
         is_over.set()
         killer.join()
-    lines = [json.loads(line) for line in (tmp_path / "disturbed" / "metrics.jsonl").read_text().splitlines()]
-    assert killed >= 3 and lines[-1]["verifier/restarts"] >= 1
+    quiet, loud = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("calm", "disturbed")
+    )
+    assert killed >= 3 and loud[-1]["verifier/restarts"] >= 2 and quiet[-1]["verifier/restarts"] == 0
+    assert len([line for line in quiet if line.get("train/grad_norm", 0.0) > 0]) >= 2
+    assert [line["reward/places/mean"] for line in quiet] == [line["reward/places/mean"] for line in loud]
     assert all(bool((calm[name] == disturbed[name]).all()) for name in calm)
 
 

@@ -55,9 +55,9 @@ class SourceFacts:
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """What a run directory says. ``metrics`` and ``steps`` are whole and of the same steps, 0 to the last; where
-    that is the last of the run, one more line of metrics has what was held out then. ``torn`` says which lines
-    are not whole."""
+    """What a run directory says. ``metrics`` and ``steps`` are whole and of the same steps, 0 to the last;
+    where that is the last of the run, one more line of metrics has what was measured behind it. ``torn`` says
+    which lines are not whole."""
 
     directory: Path
     config: Mapping[str, Any]

@@ -1,14 +1,17 @@
 """A certificate says what its run directory says, and no byte of either can change unseen."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bittrue.errors import CertificateInvalid, CheckpointError
+from bittrue.obs.log import Log
 from bittrue.ops.cpu.library import load_kernels
 from bittrue.ops.dispatch import select
+from bittrue.rl.assembly import open_policy
 from bittrue.rl.certificate import (
     CERTIFICATE_FILE,
     check_certificate,
@@ -18,9 +21,19 @@ from bittrue.rl.certificate import (
 )
 from bittrue.rl.environment import begin_sitting, read_sittings, sources_digest
 from bittrue.rl.records import Records, StepBatch
-from bittrue.rl.run_files import FILES
+from bittrue.rl.report import write_report
+from bittrue.rl.run_files import FILES, SourceFacts, write_source
 from bittrue.rl.types import Rollout, Scored, Span
-from tests.support.rl_runs import edit_line, hex_of, metrics_of, write_lines, write_run, write_sittings
+from bittrue.train.metrics import MetricsFile
+from tests.support.rl_runs import (
+    edit_line,
+    hex_of,
+    metrics_of,
+    settings_of,
+    write_lines,
+    write_run,
+    write_sittings,
+)
 
 
 @pytest.fixture
@@ -307,3 +320,37 @@ def test_the_file_is_plain_json_that_any_reader_takes(run: Path) -> None:
     edit_line(run / "metrics.jsonl", 1, **{"parity/k3": float("inf")})
     text = write_certificate(run).read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{CERTIFICATE_FILE} has {name}"))
+
+
+# ---- a real run --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_of_the_loop_has_a_certificate_that_holds(tmp_path: Path) -> None:
+    given = {"tasks": {"countdown": 1.0}, "seed": 3}
+    rollout = {"prompts": 3, "group": 4, "max_tokens": 16, "kv_memory": "32MiB"}
+    length = {"steps": 3, "threads": 1, "checkpoint_every": 1, "eval_every": 2, "eval_problems": 4}
+    mini = Path(__file__).parents[2] / "models" / "mini"
+    config = settings_of(model={"start": str(mini)}, data=given, rollout=rollout, run=length)
+    for stop_at in (2, 3):
+        with open_policy(config, tmp_path, Log(sys.stderr, "error")) as policy:
+            with MetricsFile(tmp_path / "metrics.jsonl") as metrics:
+                policy.run.begin(metrics)
+                begin_sitting(tmp_path, policy.trainer.ops, step=policy.run.step)
+                policy.run.go(metrics, should_stop=lambda: policy.run.step >= stop_at)  # noqa: B023
+    (tmp_path / "run.json").write_text(config.model_dump_json())
+    write_source(tmp_path, SourceFacts(digest="d", seed=3, isolation="none: own tasks judged in process"))
+    write_certificate(tmp_path)
+    made = check_certificate(tmp_path)
+    assert made.holds and made.verdict.startswith("difference 0 at every of ")
+    assert made.parity.steps >= 1 and made.parity.tokens > 0
+    assert made.steps.is_finished and made.steps.resumed == (2,)
+    assert len(made.weights.published) == 4 and len(set(made.weights.published)) >= 2
+    assert sum(made.outcomes.values()) == 3 * 3 * 4
+    assert [step for step, _ in made.held_out["eval/countdown/greedy"]] == [0, 2, 3]
+    text = write_report(tmp_path).read_text()
+    assert made.verdict in text and made.weights.end in text
+    record = tmp_path / "records" / "step-000001.rec"
+    record.write_bytes(record.read_bytes()[:-1])
+    with pytest.raises(CertificateInvalid, match=r"records/step-000001.rec is not what step 1 wrote"):
+        check_certificate(tmp_path)

@@ -11,7 +11,8 @@ body { font: 14px/1.45 sans-serif; color: var(--text); background: var(--page); 
 h1 { font-size: 22px; margin-bottom: 4px; } h2 { font-size: 17px; margin-top: 28px; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr)); gap: 12px 20px; }
 svg { width: 100%; height: auto; } figure { margin: 0; }
-table { border-collapse: collapse; margin-bottom: 8px; } td, th { text-align: left; padding: 2px 14px 2px 0; vertical-align: top; overflow-wrap: anywhere; }
+table { border-collapse: collapse; margin-bottom: 8px; } td, th { text-align: left; padding: 2px 14px 2px 0; vertical-align: top; }
+td + td { overflow-wrap: anywhere; }
 td { font-variant-numeric: tabular-nums; } .number { text-align: right; }
 .columns { display: flex; flex-wrap: wrap; gap: 0 48px; align-items: flex-start; }
 .verdict { font-size: 16px; font-weight: bold; margin: 4px 0; } .good { color: var(--good); } .bad { color: var(--bad); }

@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bittrue.config.model import ModelConfig
+from bittrue.config.run import RunConfig
 from bittrue.engine.engine import Engine
+from bittrue.engine.link import Link, ProcessLink
 from bittrue.errors import ConfigError
 from bittrue.obs.log import Log
 from bittrue.ops.dispatch import describe, select
 from bittrue.ops.threads import set_threads
 from bittrue.rl.config import RlConfig
+from bittrue.rl.engine_group import EngineGroup
 from bittrue.rl.learner import Judges, Learner
 from bittrue.rl.loop import PolicyParts, PolicyRun, checkpoints_of
+from bittrue.rl.remote_engine import RemoteEngine
 from bittrue.rl.rollout import RolloutEngine
 from bittrue.rl.sources import open_sources
 from bittrue.rl.teachers import Teacher
@@ -33,9 +37,16 @@ class Policy:
     """A run with what it trains."""
 
     run: PolicyRun
-    trainer: Trainer
-    engine: RolloutEngine
+    parts: PolicyParts
     origin: Origin
+
+    @property
+    def trainer(self) -> Trainer:
+        return self.parts.learner.trainer
+
+    @property
+    def engine(self) -> RolloutEngine:
+        return self.parts.engine
 
     def export(self, directory: Path) -> Path:
         """Writes the published checkpoint of the policy as it is now."""
@@ -62,11 +73,11 @@ def open_policy(config: RlConfig, out: Path, log: Log) -> Iterator[Policy]:
     side = open_side(config, out, log)
     for name, content in side.origin.files.items():  # so that the run goes on without what it started from
         write_file(out / name, content.decode())
-    engine = _engine(config, out / _FIRST_WEIGHTS, side.threads)
+    engine = _engine(config, out / _FIRST_WEIGHTS, side.threads, log)
     try:
         parts = _parts(config, side, engine, log)
         with contextlib.closing(parts.source):
-            yield Policy(PolicyRun(config, out, parts, log), side.learner.trainer, engine, side.origin)
+            yield Policy(PolicyRun(config, out, parts, log), parts, side.origin)
     finally:
         engine.close()
 
@@ -124,19 +135,39 @@ def _judge(config: RlConfig, checkpoint: Path, trainer: Trainer) -> Trainer:
     )
 
 
-def _engine(config: RlConfig, first: Path, threads: int) -> RolloutEngine:
+def _engine(config: RlConfig, first: Path, threads: int, log: Log) -> RolloutEngine:
     """Its weights are published before every step; what it starts with is only their shape."""
-    rollout = config.rollout
-    return Engine(
-        first,
-        threads=threads,
-        kv_memory=rollout.kv_memory,
-        max_running=rollout.max_running,
-        max_step_tokens=rollout.max_step_tokens,
-        max_queue=_MAX_ASKED,
-        speculation=rollout.speculation,
-        log_level="warning",
-    )
+    rollout, loop = config.rollout, config.loop
+    knobs = {
+        "model": str(first),
+        "threads": threads,
+        "kv_memory": rollout.kv_memory,
+        "max_running": rollout.max_running,
+        "max_step_tokens": rollout.max_step_tokens,
+        "max_queue": _MAX_ASKED,
+        "speculation": rollout.speculation,
+        "log_level": "warning",
+    }
+    run = RunConfig.model_validate(knobs)
+    if loop.engine == "inside":
+        return Engine(first, run)
+    engines: list[RemoteEngine] = []
+    try:
+        for _ in range(loop.engines):
+            engines.append(RemoteEngine(_link(loop.engine, run), log=log))
+    except BaseException:
+        for engine in engines:
+            engine.close()
+        raise
+    return EngineGroup(engines) if len(engines) > 1 else engines[0]
+
+
+def _link(kind: str, run: RunConfig) -> Link:
+    if kind == "process":
+        return ProcessLink.start(run)
+    from bittrue.rl.ray_link import RayLink  # an extra
+
+    return RayLink(run)
 
 
 def _parts(config: RlConfig, side: Side, engine: RolloutEngine, log: Log) -> PolicyParts:

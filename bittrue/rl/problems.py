@@ -64,6 +64,9 @@ class Problems:
     def health(self) -> Health | None:
         return None
 
+    def isolation(self) -> str:
+        return "none: tasks of the project are judged in this process"
+
     def close(self) -> None:
         return
 

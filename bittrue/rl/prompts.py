@@ -66,6 +66,9 @@ class Prompts:
     def health(self) -> Health | None:
         return self._pool.health()
 
+    def isolation(self) -> str:
+        return self._pool.isolation.describe()
+
     def close(self) -> None:
         self._pool.close()
 

@@ -51,6 +51,9 @@ class Control:
     def health(self) -> Health | None:
         return self._source.health()
 
+    def isolation(self) -> str:
+        return self._source.isolation()
+
     def close(self) -> None:
         self._source.close()
 

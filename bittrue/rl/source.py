@@ -40,6 +40,10 @@ class Source(Protocol):
         """How its verifiers are doing; None where it judges in this process."""
         ...
 
+    def isolation(self) -> str:
+        """What keeps its verifiers apart from this process, for people."""
+        ...
+
     def close(self) -> None:
         """Ends its verifiers. Safe to repeat."""
         ...

@@ -3,14 +3,16 @@
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NoReturn, Self
+
+import msgspec
 
 from bittrue.config.run import RunConfig
 from bittrue.engine.launch import DEFAULT_FACTORY
 from bittrue.engine.link import Link, ProcessLink
 from bittrue.engine.types import Abort, EngineStats, Request, Running, TokenEvent
 from bittrue.engine.weight_parts import parts_of
-from bittrue.engine.wire import FromEngine, Ready, Refused, Shutdown, StepDone, Updated, error_of
+from bittrue.engine.wire import FromEngine, Ready, Refused, Shutdown, StepDone, ToEngine, Updated, error_of
 from bittrue.errors import BittrueError, EngineDied
 from bittrue.model.weight_update import WeightUpdate
 from bittrue.obs.log import Log
@@ -54,10 +56,13 @@ class RemoteEngine:
         self._asked: _Asked | None = None
         self._num_updates = 0
         self._weights: WeightUpdate | None = None  # what was published last; None = the checkpoint's
-        self._ready: Ready | None = None
+        self._ready: Ready | None = None  # the first process' first word
+        self._is_loading = True  # the process has not said Ready yet: it is sent nothing
+        self._stats = EngineStats()
         self._journal = TokenJournal("")
         try:
-            self._start()
+            while self._is_loading:
+                self._take_in(None)
         except BaseException:
             link.close()
             raise
@@ -75,12 +80,12 @@ class RemoteEngine:
         (InvalidRequest, PromptTooLong, QueueFull) is raised by a later ``step`` or ``poll``."""
         self._check_alive()
         self._journal.open(request)
-        self._link.send(request)
+        self._send(request)
 
     def abort(self, request_id: str) -> None:
         """Ends a sequence; its last event says ``abort``. Unknown ids are ignored."""
         if self._journal.abort(request_id):
-            self._link.send(Abort(request_id=request_id))
+            self._send(Abort(request_id=request_id))
 
     def has_work(self) -> bool:
         return bool(self._kept or self._refused or len(self._journal))
@@ -93,8 +98,8 @@ class RemoteEngine:
         return self._told()
 
     def poll(self) -> list[TokenEvent]:
-        """The events that have come, without waiting, unless the engine has died and is started again.
-        Raises as ``step`` does."""
+        """The events that have come, without waiting: also while another process loads. Raises as ``step``
+        does."""
         self._take_in(0.0)
         return self._told()
 
@@ -131,20 +136,25 @@ class RemoteEngine:
         return asked.answer.is_changed
 
     def stats(self) -> EngineStats:
-        """The numbers that came last. Those of another process begin again at 0."""
-        return self._stats
+        """The numbers that came last; those of another process begin again at 0. ``weight_version``: of the
+        tokens that come next."""
+        return msgspec.structs.replace(self._stats, weight_version=self._journal.version)
 
     def close(self) -> None:
         """Ends the process: asked first, killed after ten seconds. Safe to repeat."""
         if self._dead is None:
             self._dead = EngineDied("the engine was closed; start another")
-            self._link.send(Shutdown())
-            deadline_s = time.monotonic() + _CLOSE_TIMEOUT_S
-            while not self._link.is_dead and time.monotonic() < deadline_s:
-                self._link.receive(max(0.0, deadline_s - time.monotonic()))
-            if not self._link.is_dead:
-                self._log.warning("engine_killed", pid=self._link.pid, reason="did not close in time")
+            if not self._is_loading:
+                self._shut_down()
         self._link.close()
+
+    def _shut_down(self) -> None:
+        self._link.send(Shutdown())
+        deadline_s = time.monotonic() + _CLOSE_TIMEOUT_S
+        while not self._link.is_dead and time.monotonic() < deadline_s:
+            self._link.receive(max(0.0, deadline_s - time.monotonic()))
+        if not self._link.is_dead:
+            self._log.warning("engine_killed", pid=self._link.pid, reason="did not close in time")
 
     # ---- what a process of its own adds ------------------------------------------------------------------
 
@@ -181,7 +191,7 @@ class RemoteEngine:
             self._handle(message)
         if self._link.is_dead:
             self._log.error("engine_died", pid=self._link.pid, unfinished=len(self._journal))
-            self._restart()
+            self._begin_again()
 
     def _handle(self, message: FromEngine) -> None:
         match message:
@@ -195,6 +205,12 @@ class RemoteEngine:
             case Refused(request_id=str() as request_id):
                 self._journal.close(request_id)
                 self._refused.append(error_of(message))
+            case Ready():
+                self._adopt(message)
+            case Refused():
+                self._log.error("engine_refused", error=message.message)
+                if self._ready is None:
+                    raise error_of(message)
             case _:
                 self._log.error("engine_message_unexpected", kind=type(message).__name__)
 
@@ -220,7 +236,12 @@ class RemoteEngine:
 
     def _send_update(self, asked: _Asked) -> None:
         for part in parts_of(asked.update, update_id=asked.update_id, running=asked.running):
-            self._link.send(part)
+            self._send(part)
+
+    def _send(self, message: ToEngine) -> None:
+        """What is not sent now is known here: a process gets all of it when it is ready."""
+        if not self._is_loading:
+            self._link.send(message)
 
     def _check_alive(self) -> None:
         if self._dead is not None:
@@ -228,32 +249,24 @@ class RemoteEngine:
 
     # ---- processes ---------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
-        """The first process; one that is killed while it loads is followed by another."""
-        ready = self._await_ready()
-        if ready is None:
-            self._restart()
-        else:
-            self._adopt(ready)
-        assert self._ready is not None
-        self._journal = TokenJournal(self._ready.stats.weight_version)
-
-    def _await_ready(self) -> Ready | None:
-        """The engine's first word; None where it died without one. Raises what it refuses to start with."""
-        while not self._link.is_dead:
-            for message in self._link.receive(None):
-                if isinstance(message, Ready):
-                    return message
-                if isinstance(message, Refused):
-                    raise error_of(message)
-        return None
-
     def _adopt(self, ready: Ready) -> None:
-        self._ready, self._stats = ready, ready.stats
+        """A process has loaded: it goes on with the journal."""
+        first = self._ready
+        if first is not None and ready.fingerprint != first.fingerprint:
+            fact = "the restarted engine differs from the one that began (a new checkpoint?)"
+            self._give_up(EngineDied(f"{fact}; begin again"))
+        self._is_loading, self._stats = False, ready.stats
         self._log.info("engine_ready", pid=self._link.pid, **ready.fingerprint)
+        if first is None:
+            self._ready = ready
+            self._journal = TokenJournal(ready.stats.weight_version)
+            return
+        self._give_back()
+        self._log.warning("engine_restarted", restarts=self.restarts, unfinished=len(self._journal))
 
-    def _restart(self) -> None:
-        """Another process, which goes on with the journal. EngineDied after too many that brought nothing."""
+    def _begin_again(self) -> None:
+        """Starts another process. EngineDied after too many that brought nothing."""
+        self._is_loading = True
         while True:
             if self._num_fruitless >= self._max_restarts:
                 self._give_up(
@@ -267,31 +280,20 @@ class RemoteEngine:
             self.restarts += 1
             try:
                 self._link.restart("" if self._ready is None else self._ready.verified)
-                ready = self._await_ready()
+                return
             except (BittrueError, OSError) as error:  # OSError: no memory or no place for a process
                 self._log.error("engine_restart_failed", error=error)
-                continue
-            if ready is None:
-                self._log.error("engine_restart_failed", error="it died while it loaded")
-                continue
-            break
-        if self._ready is not None and ready.fingerprint != self._ready.fingerprint:
-            fact = "the restarted engine differs from the one that began (a new checkpoint?)"
-            self._give_up(EngineDied(f"{fact}; begin again"))
-        self._adopt(ready)
-        self._give_back()
-        self._log.warning("engine_restarted", restarts=self.restarts, unfinished=len(self._journal))
 
     def _give_back(self) -> None:
         """Weights, requests, and what was asked and not answered: in the order the process before had it."""
         if self._weights is not None:
             self._send_update(_Asked(self._weights, "retract", _RESTORE_ID))
         for message in self._journal.give_back():
-            self._link.send(message)
+            self._send(message)
         if self._asked is not None and self._asked.answer is None:
             self._send_update(self._asked)
 
-    def _give_up(self, error: EngineDied) -> None:
+    def _give_up(self, error: EngineDied) -> NoReturn:
         self._dead = error
         self._link.close()
         self._log.error("engine_given_up", error=error)

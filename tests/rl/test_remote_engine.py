@@ -193,6 +193,22 @@ def test_kills_at_any_moment_change_nothing(
     assert engine.restarts == restarts + len(at)
 
 
+def test_nothing_waits_for_a_process_that_loads(tmp_path: Path) -> None:
+    StandinOptions().save(tmp_path)
+    engine = RemoteEngine.start(RunConfig(model=str(tmp_path)), factory=STANDIN, log=Log(io.StringIO()))
+    params = SamplingParams(max_tokens=5)
+    kill(engine)
+    while engine.restarts == 0:
+        assert engine.poll() == []
+    begun_s = time.monotonic()
+    engine.add(Request(request_id="a", prompt=(20,), params=params))
+    assert engine.poll() == []
+    assert time.monotonic() - begun_s < 0.1
+    events = drained(engine)
+    assert len(tokens_of(events, "a")) == 5
+    engine.close()
+
+
 @pytest.mark.slow
 def test_a_process_killed_while_it_loads_is_followed_by_another(
     engine: RemoteEngine, expected: list[list[Group]]

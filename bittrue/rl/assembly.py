@@ -18,6 +18,7 @@ from bittrue.rl.config import RlConfig
 from bittrue.rl.engine_group import EngineGroup
 from bittrue.rl.learner import Judges, Learner
 from bittrue.rl.loop import PolicyParts, PolicyRun, checkpoints_of
+from bittrue.rl.ray_link import RayLink
 from bittrue.rl.remote_engine import RemoteEngine
 from bittrue.rl.rollout import RolloutEngine
 from bittrue.rl.sources import open_sources
@@ -163,11 +164,7 @@ def _engine(config: RlConfig, first: Path, threads: int, log: Log) -> RolloutEng
 
 
 def _link(kind: str, run: RunConfig) -> Link:
-    if kind == "process":
-        return ProcessLink.start(run)
-    from bittrue.rl.ray_link import RayLink  # an extra
-
-    return RayLink(run)
+    return ProcessLink.start(run) if kind == "process" else RayLink(run)
 
 
 def _parts(config: RlConfig, side: Side, engine: RolloutEngine, log: Log) -> PolicyParts:

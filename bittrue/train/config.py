@@ -54,6 +54,7 @@ class DataSection(Section):
 class OptimSection(Section):
     """[optim]: Muon for matrices and AdamW for the rest, at one learning rate."""
 
+    matrices: Literal["muon", "adamw"] = Field("muon", description="Rule of matrices.")
     lr: float = Field(2.7e-4, gt=0, le=1, description="Peak learning rate.")
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's.")
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's, of the gradient.")

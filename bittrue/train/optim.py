@@ -16,7 +16,8 @@ _TABLES = ("embed.weight", "head.weight")
 
 @dataclass(frozen=True, slots=True)
 class OptimSettings:
-    """The numbers of both rules; the defaults are the published ones (spec 5.4)."""
+    """The numbers of both rules; the defaults are the published ones (spec 5.4). ``matrices``: the rule of
+    matrices."""
 
     momentum: float = 0.95
     beta1: float = 0.9
@@ -24,6 +25,7 @@ class OptimSettings:
     eps: float = 1e-20
     weight_decay: float = 0.1
     is_coarse: bool = False  # the products of Newton-Schulz in bf16
+    matrices: Literal["muon", "adamw"] = "muon"
 
 
 def rule_of(name: str, shape: tuple[int, ...]) -> Rule:
@@ -95,7 +97,7 @@ class AdamW:
 
 
 class Optimiser:
-    """Muon for matrices and AdamW for the rest, at one learning rate."""
+    """Muon for matrices, or AdamW, and AdamW for the rest, at one learning rate."""
 
     def __init__(
         self, parameters: Mapping[str, Tensor], settings: OptimSettings, *, spread: Spread = map
@@ -103,7 +105,8 @@ class Optimiser:
         """``spread``: see Muon."""
         groups: dict[Rule, dict[str, Tensor]] = {"muon": {}, "adamw": {}, "adamw_no_decay": {}}
         for name, p in parameters.items():
-            groups[rule_of(name, tuple(p.shape))][name] = p
+            rule = rule_of(name, tuple(p.shape))
+            groups[settings.matrices if rule == "muon" else rule][name] = p
         self._muon = Muon(
             groups["muon"],
             momentum=settings.momentum,

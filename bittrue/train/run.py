@@ -318,4 +318,5 @@ def optim_settings(section: OptimSection) -> OptimSettings:
         eps=section.eps,
         weight_decay=section.weight_decay,
         is_coarse=section.products == "bf16",
+        matrices=section.matrices,
     )

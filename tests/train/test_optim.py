@@ -225,3 +225,18 @@ def test_newton_schulz_of_a_small_models_matrices_is_quick() -> None:
         newton_schulz(x)
         seconds.append(time.perf_counter() - began)
     assert min(seconds) < 0.6  # 0.13 on two idle cores; the rest is for a busy machine
+
+
+def test_matrices_may_move_by_adamw_as_everything_else() -> None:
+    parameters, others = model(), model()
+    Optimiser(parameters, OptimSettings(matrices="adamw")).step(0.1)
+    Optimiser(others, OptimSettings()).step(0.1)
+    plain = AdamW(model(), OptimSettings(), decay=0.1)
+    plain.step(0.1)
+    for name, moved in plain._parameters.items():
+        rule = rule_of(name, tuple(moved.shape))
+        assert torch.equal(parameters[name], others[name]) == (rule != "muon"), name
+        assert torch.equal(parameters[name], moved) or rule == "adamw_no_decay", name
+    assert any(name.startswith("momentum.") for name in Optimiser(others, OptimSettings()).state())
+    state = Optimiser(parameters, OptimSettings(matrices="adamw")).state()
+    assert not any(name.startswith("momentum.") for name in state)

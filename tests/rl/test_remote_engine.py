@@ -231,6 +231,7 @@ def test_a_process_killed_while_it_loads_is_followed_by_another(
     assert engine.restarts == restarts + 2
 
 
+@pytest.mark.slow
 def test_every_event_is_told_once_whatever_died(tmp_path: Path) -> None:
     request = Request(
         request_id="r", prompt=(20, 21), params=SamplingParams(max_tokens=40, prompt_logprobs=0)
@@ -267,6 +268,7 @@ def test_running_requests_are_computed_again_with_new_weights(
         assert_goes_on_with_the_new_weights(events, name, i, here, updates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("running", ["in_place", "abort"])
 def test_running_requests_go_on_or_end_as_asked(
     engine: RemoteEngine, here: list[Engine], updates: list[WeightUpdate], running: Running
@@ -290,6 +292,7 @@ def test_running_requests_go_on_or_end_as_asked(
         assert 4 <= change and tokens[:change] == tokens_of(before, name)[:change]
 
 
+@pytest.mark.slow
 def test_a_refused_update_changes_nothing(
     engine: RemoteEngine, expected: list[list[Group]], updates: list[WeightUpdate]
 ) -> None:
@@ -402,6 +405,7 @@ def test_what_cannot_start_says_why(tmp_path: Path) -> None:
         RemoteEngine.start(RunConfig(model=str(tmp_path / "none")), factory=STANDIN)
 
 
+@pytest.mark.slow
 def test_a_first_process_killed_while_it_loads_is_followed_by_another(tmp_path: Path) -> None:
     StandinOptions().save(tmp_path)
     link = ProcessLink.start(RunConfig(model=str(tmp_path)), factory=STANDIN)

@@ -134,6 +134,7 @@ class Arena:
             threads=self.side.threads,
             kv_memory=config.rollout.kv_memory,
             max_queue=1 << 20,
+            max_running=config.rollout.max_running,
             log_level="warning",
         )
         tokenizer = Tokenizer(self.side.origin.files["tokenizer.json"], source="tokenizer.json")

@@ -78,7 +78,7 @@ class RolloutSection(Section):
     max_tokens: int = Field(64, ge=1, description="Longest answer.")
     speculation: Literal["off", "ngram", "mtp"] = Field("off", description="Drafts; they change no token.")
     kv_memory: str = Field("256MiB", description="Of the engine.")
-    max_running: int = Field(64, ge=1, description="Answers computed together.")
+    max_running: int = Field(192, ge=1, description="Answers computed together.")
     max_step_tokens: int = Field(512, ge=1, description="Tokens of one step of the engine.")
     refill: int = Field(0, ge=0, description="Times more prompts are asked for groups that teach nothing.")
 

@@ -28,6 +28,10 @@ Benchmark = Literal[
     "training",
     "rl-replay",
     "rl-trl",
+    "rl-gain",
+    "rl-exact",
+    "rl-staleness",
+    "rl-distill",
 ]
 Unit = Literal["s", "tokens/s", "requests/s", "bytes", "bytes/s", "flop/s", "ratio", "count", "nats"]
 Label = str | int | float | bool

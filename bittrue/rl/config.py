@@ -222,7 +222,7 @@ class RlConfig(Section):
         is_stale, distills = self.loop.staleness > 0, bool(self.distill.teachers)
         if is_stale and self.policy.correction == "none" and not distills:
             raise ValueError(
-                f"a {self.loop.kind} loop learns from answers of older weights, and nothing corrects for "
+                f"the {self.loop.kind} loop learns from answers of older weights, and nothing corrects for "
                 "that; choose policy.correction = tis, mis or icepop"
             )
         if is_stale and self.policy.parity != "exact":

@@ -44,13 +44,15 @@ Point = tuple[float, float]
 @dataclass(frozen=True, slots=True)
 class Line:
     """One curve: a value for each of its steps, ascending. ``weights``: how much each counts in a mean;
-    ``is_dashed``: of another run than the others."""
+    ``is_dashed``: of another run than the others. ``tint``: its place among the colours, where lines share
+    one; else its own place."""
 
     name: str
     steps: Sequence[int]
     values: Sequence[float]
     weights: Sequence[float] | None = None
     is_dashed: bool = False
+    tint: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ def _curves(plot: Plot, lines: Sequence[Line]) -> Iterator[str]:
             yield f'<line x1="{at:.1f}" y1="{_TOP}" x2="{at:.1f}" y2="{_HEIGHT - _BOTTOM}" stroke="#b00020" '
             yield 'stroke-dasharray="3 3"/>'
     for i, (line, found) in enumerate(zip(lines, bins, strict=True)):
-        colour = COLOURS[i % len(COLOURS)]
+        colour = COLOURS[(i if line.tint is None else line.tint) % len(COLOURS)]
         places = [
             (x.place(step, _LEFT, _WIDTH - _RIGHT), y.place(mean, _HEIGHT - _BOTTOM, _TOP))
             for step, mean in found

@@ -403,8 +403,8 @@ def main() -> int:
         "threads": plan.threads,
         "ops": describe(ops),
     }
-    found = list(measurements(plan, ops))
-    result = new_result("rl-replay", shlex.join(["python", *sys.argv]), facts, found)
+    begun = new_result("rl-replay", shlex.join(["python", *sys.argv]), facts, ())  # names today's checkout
+    result = replace(begun, measurements=tuple(measurements(plan, ops)))
     write_result(given.out, result)
     sys.stdout.write("".join(replay_tables(result)))
     return 0

@@ -12,6 +12,7 @@ from bittrue.cli.stop import EXIT_STOPPED, stop_on_signal
 from bittrue.errors import ConfigError, UsageError
 from bittrue.obs.log import Log
 from bittrue.rl.config import RlConfig
+from bittrue.rl.ray_run import Sitting, train_on_ray
 from bittrue.rl.report import REPORT_FILE
 from bittrue.rl.sitting import Tell, train_policy
 from bittrue.train.checkpoint import run_directory
@@ -30,6 +31,9 @@ def rl(
         Sequence[Path],
         Parameter(help="Directories of runs whose curves the report shows beside.", negative=""),
     ] = (),
+    ray: Annotated[
+        str, Parameter(help="Address of a Ray cluster for loop.engine = ray; empty = one started here.")
+    ] = "",
     require_sandbox: Annotated[
         bool, Parameter(help="Refuse to run verifiers that only limits hold.", negative="")
     ] = False,
@@ -57,16 +61,20 @@ def rl(
     log = Log(sys.stderr)
     directory = Path(config.run.out)
     with run_directory(directory), stop_on_signal(log) as should_stop, _bar(log, config.run.steps) as tell:
-        ended = train_policy(
-            config,
-            directory,
-            log,
-            export=export,
-            tensorboard=tensorboard,
-            controls=control,
-            should_stop=should_stop,
-            tell=tell,
-        )
+        if config.loop.engine == "ray":
+            sitting = Sitting(config.model_dump_json(), directory, export, tensorboard, tuple(control))
+            ended = train_on_ray(sitting, log, address=ray, should_stop=should_stop, tell=tell)
+        else:
+            ended = train_policy(
+                config,
+                directory,
+                log,
+                export=export,
+                tensorboard=tensorboard,
+                controls=control,
+                should_stop=should_stop,
+                tell=tell,
+            )
     if not ended.is_finished:
         log.info("stopped", step=ended.step, of=config.run.steps)
         return EXIT_STOPPED

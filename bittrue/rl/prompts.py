@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 
 from bittrue.errors import VerifierUnavailable
 from bittrue.rl.prompt_file import Row, digest_of
@@ -10,7 +9,7 @@ from bittrue.rl.rollout import Prompt
 from bittrue.rl.source import Asked
 from bittrue.rl.types import Rollout, Scored
 from bittrue.rl.verifiers.health import Health
-from bittrue.rl.verifiers.pool import Pool
+from bittrue.rl.verifiers.pool import Judging
 from bittrue.rl.verifiers.reward_function import RewardFunction
 from bittrue.rl.verifiers.verifier import Answers, Verdict, answer_of
 from bittrue.text.parser import parse_answer
@@ -23,7 +22,7 @@ class Prompts:
     other side, and closes with the first of them."""
 
     def __init__(
-        self, rows: Sequence[Row], pool: Pool, tokenizer: Tokenizer, *, seed: int, repeats: bool
+        self, rows: Sequence[Row], pool: Judging, tokenizer: Tokenizer, *, seed: int, repeats: bool
     ) -> None:
         """``repeats``: whether rows are asked again once all have been; else a step has each at most
         once."""
@@ -42,13 +41,17 @@ class Prompts:
     def score(self, pairs: Sequence[tuple[Asked, Sequence[Rollout]]]) -> list[list[Scored]]:
         """The scores of the verifiers, which judge all answers at once. An answer that was cut is unparsable,
         and its verifier is not asked."""
-        waiting = [
-            [(rollout, self._begun(_row(asked), rollout)) for rollout in rollouts]
-            for asked, rollouts in pairs
-        ]
+        answers = {
+            (i, k): self._answers(_row(asked), rollout)
+            for i, (asked, rollouts) in enumerate(pairs)
+            for k, rollout in enumerate(rollouts)
+            if self._has_ended(rollout)
+        }
+        jobs = [(_row(pairs[i][0]).verifier, found) for (i, _), found in answers.items()]
+        verdicts = dict(zip(answers, self._pool.judge_all(jobs), strict=True))
         return [
-            [_scored(_row(asked), rollout, future) for rollout, future in group]
-            for (asked, _), group in zip(pairs, waiting, strict=True)
+            [_scored(_row(asked), rollout, verdicts.get((i, k))) for k, rollout in enumerate(rollouts)]
+            for i, (asked, rollouts) in enumerate(pairs)
         ]
 
     def check_verifiers(self) -> None:
@@ -57,7 +60,13 @@ class Prompts:
         first = {row.verifier.kind: row for row in reversed(self._rows)}
         for row in first.values():
             if row.verifier.room != "network":  # whoever is asked there would take it for an answer
-                _verdict(row, self._pool.submit(row.verifier, answer_of(""), is_counted=False))
+                self._check(row)
+
+    def _check(self, row: Row) -> None:
+        try:
+            self._pool.judge_all([(row.verifier, answer_of(""))], is_counted=False)
+        except VerifierUnavailable as error:
+            raise VerifierUnavailable(f"{row.where}: verifier {row.verifier.kind!r}: {error}") from error
 
     def digest(self) -> str:
         facts = f"prompts\n{self._seed}\n{self._repeats}\n{self._pool.limits}\n{digest_of(self._rows)}"
@@ -82,17 +91,14 @@ class Prompts:
                 seeded("prompts", self._seed, epoch).shuffle(order)
             yield self._rows[order[index]]
 
-    def _begun(self, row: Row, rollout: Rollout) -> Future[Verdict] | None:
-        """The verdict under way; None where the answer has no end to judge."""
-        ids = rollout.answer_ids.tolist()
-        if rollout.is_truncated or not ids or ids[-1] != self._tokenizer.eos_id:
-            return None
-        return self._pool.submit(row.verifier, self._answers(row, ids[:-1]))
+    def _has_ended(self, rollout: Rollout) -> bool:
+        """By its end token: else there is nothing whole to judge."""
+        return not rollout.is_truncated and rollout.answer_ids.tolist()[-1:] == [self._tokenizer.eos_id]
 
-    def _answers(self, row: Row, token_ids: Sequence[int]) -> Answers:
+    def _answers(self, row: Row, rollout: Rollout) -> Answers:
         parsed = parse_answer(
             self._tokenizer,
-            token_ids,
+            rollout.answer_ids.tolist()[:-1],
             request_id=row.id,
             starts_in_reasoning=row.starts_in_reasoning,
             parse_tools=row.has_tools,
@@ -105,17 +111,9 @@ def _row(asked: Asked) -> Row:
     return asked.judge
 
 
-def _verdict(row: Row, future: Future[Verdict]) -> Verdict:
-    try:
-        return future.result()
-    except VerifierUnavailable as error:
-        raise VerifierUnavailable(f"{row.where}: verifier {row.verifier.kind!r}: {error}") from error
-
-
-def _scored(row: Row, rollout: Rollout, future: Future[Verdict] | None) -> Scored:
-    if future is None:
+def _scored(row: Row, rollout: Rollout, verdict: Verdict | None) -> Scored:
+    if verdict is None:
         return Scored(rollout, 0.0, "unparsable")
-    verdict = _verdict(row, future)
     measured = dict(verdict.sub_scores)
     if isinstance(row.verifier, RewardFunction) and "value" in measured:
         measured[row.verifier.function] = measured.pop("value")  # by which its user knows it

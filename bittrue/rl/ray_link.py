@@ -30,7 +30,9 @@ from bittrue.engine.wire import (
 from bittrue.errors import BittrueError, ConfigError, VerifierUnavailable
 from bittrue.obs.log import Log
 from bittrue.rl.verifiers.health import Health
+from bittrue.rl.verifiers.limits import Limits
 from bittrue.rl.verifiers.pool import Pool
+from bittrue.rl.verifiers.sandbox import Isolation
 from bittrue.rl.verifiers.verifier import Answers, Verdict, Verifier
 
 # Calls of one group run one after the other in the order they were made; the groups beside each other.
@@ -54,7 +56,7 @@ class RayLink:
         options: Mapping[str, Any] | None = None,
     ) -> None:
         """Returns at once. Raises ConfigError without ray."""
-        self._ray, self._config, self._factory = _import_ray(), config, factory
+        self._ray, self._config, self._factory = import_ray(), config, factory
         self._host = self._ray.remote(
             **{"num_cpus": 1, **(options or {}), "max_restarts": 0, "concurrency_groups": _GROUPS}
         )(_EngineHost)
@@ -217,13 +219,15 @@ class RayPool:
         """``make`` builds the pool in the actor (``functools.partial(Pool, num_workers=8)``); ``options`` as
         RayLink's. ``max_restarts``: without a verdict in between. Raises what the pool refuses to start with
         (ConfigError, VerifierUnavailable)."""
-        self._ray = _import_ray()
+        self._ray = import_ray()
         self._make, self._max_restarts = make, max_restarts
         self._log = log if log is not None else Log(sys.stderr, "warning")
         self._host = self._ray.remote(**{"num_cpus": 1, **(options or {}), "max_restarts": 0})(_PoolHost)
         self.restarts = 0
+        self.limits: Limits
+        self.isolation: Isolation
         self._actor = self._host.remote(make)
-        self._ask("begin")
+        self.limits, self.isolation = self._ask("begin")
 
     @property
     def pid(self) -> int:
@@ -233,10 +237,12 @@ class RayPool:
     def judge(self, verifier: Verifier, answers: Answers) -> Verdict:
         return self.judge_all([(verifier, answers)])[0]
 
-    def judge_all(self, jobs: Sequence[tuple[Verifier, Answers]]) -> list[Verdict]:
+    def judge_all(
+        self, jobs: Sequence[tuple[Verifier, Answers]], *, is_counted: bool = True
+    ) -> list[Verdict]:
         """The verdicts on many answers, in their order. Raises what Pool raises; VerifierUnavailable where
         the actor dies again and again."""
-        verdicts: list[Verdict] = self._ask("judge_all", list(jobs))
+        verdicts: list[Verdict] = self._ask("judge_all", list(jobs), is_counted)
         return verdicts
 
     def health(self) -> Health:
@@ -286,11 +292,13 @@ class _PoolHost:
     def pid(self) -> int:
         return os.getpid()
 
-    def begin(self) -> Refused | None:
-        return self._answered(lambda pool: None)
+    def begin(self) -> tuple[Limits, Isolation] | Refused:
+        return self._answered(lambda pool: (pool.limits, pool.isolation))
 
-    def judge_all(self, jobs: Sequence[tuple[Verifier, Answers]]) -> list[Verdict] | Refused:
-        return self._answered(lambda pool: pool.judge_all(jobs))
+    def judge_all(
+        self, jobs: Sequence[tuple[Verifier, Answers]], is_counted: bool
+    ) -> list[Verdict] | Refused:
+        return self._answered(lambda pool: pool.judge_all(jobs, is_counted=is_counted))
 
     def health(self) -> Health | Refused:
         return self._answered(lambda pool: pool.health())
@@ -304,7 +312,7 @@ class _PoolHost:
             return refusal(None, error)
 
 
-def _import_ray() -> Any:
+def import_ray() -> Any:
     try:
         return importlib.import_module("ray")
     except ImportError as error:

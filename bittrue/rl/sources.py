@@ -1,6 +1,7 @@
 """From a run file to its sources: what is trained on, and what is held out, by task."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 from bittrue.config.run import parse_bytes
@@ -10,10 +11,11 @@ from bittrue.rl.config import RlConfig, VerifierSection
 from bittrue.rl.problems import Problems
 from bittrue.rl.prompt_file import PromptReader, Row, read_files
 from bittrue.rl.prompts import Prompts
+from bittrue.rl.ray_link import RayPool
 from bittrue.rl.rewards import Control
 from bittrue.rl.source import Source
 from bittrue.rl.verifiers.limits import Limits
-from bittrue.rl.verifiers.pool import Pool
+from bittrue.rl.verifiers.pool import Judging, Pool
 from bittrue.text.tokenizer import Tokenizer
 
 
@@ -58,7 +60,7 @@ def _prompts(
     by_task: dict[str, list[Row]] = {}
     for row in files.held_out:
         by_task.setdefault(row.task, []).append(row)
-    pool = open_pool(config.verifiers)
+    pool = _pool_of(config, log)
     try:
         source = Prompts(files.train, pool, tokenizer, seed=data.seed, repeats=True)
         held_out = {
@@ -78,6 +80,13 @@ def _prompts(
         held_out=len(files.held_out),
     )
     return source, dict(held_out)
+
+
+def _pool_of(config: RlConfig, log: Log) -> Judging:
+    """Of this process, or an actor of Ray where the engines are."""
+    if config.loop.engine == "ray":
+        return RayPool(partial(open_pool, config.verifiers), log=log)
+    return open_pool(config.verifiers)
 
 
 def open_pool(section: VerifierSection) -> Pool:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from bittrue.errors import ConfigError, VerifierUnavailable
 from bittrue.rl.verifiers.frames import Job, Sent, frame
@@ -38,6 +38,20 @@ class _Slot:
     """The workers that one thread at a time uses: one for each setting, started when it is first needed."""
 
     workers: dict[Setting, WorkerProcess] = field(default_factory=dict)
+
+
+class Judging(Protocol):
+    """A pool, wherever its workers are."""
+
+    @property
+    def limits(self) -> Limits: ...
+    @property
+    def isolation(self) -> Isolation: ...
+    def judge_all(
+        self, jobs: Sequence[tuple[Verifier, Answers]], *, is_counted: bool = True
+    ) -> list[Verdict]: ...
+    def health(self) -> Health: ...
+    def close(self) -> None: ...
 
 
 class Pool:
@@ -79,9 +93,11 @@ class Pool:
         """The verdict on one answer, in ``seconds`` instead of the pool's limit."""
         return self.submit(verifier, answers, seconds=seconds).result()
 
-    def judge_all(self, jobs: Sequence[tuple[Verifier, Answers]]) -> list[Verdict]:
+    def judge_all(
+        self, jobs: Sequence[tuple[Verifier, Answers]], *, is_counted: bool = True
+    ) -> list[Verdict]:
         """The verdicts on many answers, in their order."""
-        futures = [self.submit(verifier, answers) for verifier, answers in jobs]
+        futures = [self.submit(verifier, answers, is_counted=is_counted) for verifier, answers in jobs]
         return [future.result() for future in futures]
 
     def submit(

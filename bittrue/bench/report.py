@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from bittrue.bench.cells import head, row, shown, with_spread
+from bittrue.bench.pictures import SPEED, has_curves, picture_of
 from bittrue.bench.report_cache import (
     AGENT,
     CACHE,
@@ -15,6 +16,16 @@ from bittrue.bench.report_cache import (
 )
 from bittrue.bench.report_rl import REPLAY, replay_tables
 from bittrue.bench.report_rl_peer import RL_PEER, rl_peer_tables
+from bittrue.bench.report_rl_runs import (
+    DISTILL,
+    EXACT,
+    GAIN,
+    STALENESS,
+    distill_tables,
+    exact_tables,
+    gain_tables,
+    staleness_tables,
+)
 from bittrue.bench.report_train import TASKS, TRAINING, task_tables, training_tables
 from bittrue.bench.result import Label, Result
 from bittrue.bench.targets import Results, Target, targets
@@ -34,13 +45,13 @@ _TARGETS = """\
 | measure | target | seen | met | result |
 |---|---|---|---|---|
 """
-_PEERS = """\
+_PEERS = f"""\
 ## The same weights in every engine
 
 Decode steps of all engines are timed in turn, in rounds; their outputs are checked first
 (`benchmarks/peers/README.md`). Tokens/s; decode steps of a batch count all its tokens.
 
-![decode speed against context](benchmarks.svg)
+![decode speed against context]({SPEED})
 
 """
 _FRONTIER = """\
@@ -87,6 +98,10 @@ def page(results: Results) -> str:
         (TRAINING, "training", training_tables),
         (REPLAY, "rl-replay", replay_tables),
         (RL_PEER, "rl-trl", rl_peer_tables),
+        (GAIN, "rl-gain", gain_tables),
+        (EXACT, "rl-exact", exact_tables),
+        (STALENESS, "rl-staleness", staleness_tables),
+        (DISTILL, "rl-distill", distill_tables),
         ("## Under load\n\n", "serving", _seconds_table),
         ("## A long prompt over HTTP\n\n", "long-prompt", _chunks_table),
     )
@@ -96,6 +111,8 @@ def page(results: Results) -> str:
             parts.append(text)
         for file, result in chosen.items():
             parts += [f"`benchmarks/results/{file}`: {_place(result)}\n\n", *tables(result)]
+            if has_curves(result):
+                parts.append(f"![curves of {file}]({picture_of(file)})\n\n")
     parts += [_SOURCES, *(_source_row(file, result) for file, result in results.items())]
     return "".join(parts)
 
@@ -117,8 +134,8 @@ def _source_row(file: str, r: Result) -> str:
 
 
 def _place(r: Result) -> str:
-    threads = r.config.get("threads", "?")
-    return f"{r.machine}, {r.cores} cores, {threads} threads, commit `{r.commit}`, {r.date[:10]}."
+    threads = f", {r.config['threads']} threads" if "threads" in r.config else ""
+    return f"{r.machine}, {r.cores} cores{threads}, commit `{r.commit}`, {r.date[:10]}."
 
 
 # ---- sections ----

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from bittrue.bench.result import Label, Measurement, Result, Unit
+from bittrue.bench.rl_sums import DISTILLED, gain, not_compared, not_same, overlaps, total
 from bittrue.bench.speculation_tasks import MIX
 
 Results = Mapping[str, Result]  # by file name
@@ -67,6 +68,9 @@ def targets(results: Results) -> list[Target]:
         *_of(results, "training", _training),
         *_of(results, "rl-replay", _replay),
         *_of(results, "rl-trl", _rl_peer),
+        *_of(results, "rl-gain", _rl_gain),
+        *_of(results, "rl-exact", _rl_exact),
+        *_of(results, "rl-distill", _rl_distill),
     ]
 
 
@@ -209,3 +213,31 @@ def _rl_peer(result: Result | None) -> Iterator[Target]:
     model = f" ({result.config['model']})" if result else ""
     seen = result.find("step, TRL over bittrue") if result else None
     yield Target(f"steps of reinforcement learning a second, over TRL's{model}", "ratio", 3.0, True, seen)
+
+
+def _rl_gain(result: Result | None) -> Iterator[Target]:
+    task = f" ({result.config['task']})" if result else ""
+    seen = gain(result) if result else None
+    yield Target(f"rewards over the best control, mean over seeds{task}", "ratio", 0.15, True, seen)
+    seen = overlaps(result) if result else None
+    yield Target(f"seeds whose interval touches a control's{task}", "count", 0.0, False, seen)
+
+
+def _rl_exact(result: Result | None) -> Iterator[Target]:
+    model = f" ({result.config['model']})" if result else ""
+    seen = total(result, "tokens that differ") if result else None
+    yield Target(f"trainer against engine, log-probabilities that differ{model}", "count", 0.0, False, seen)
+    seen = not_compared(result, "exact") if result else None
+    yield Target(f"steps under fire that were not compared{model}", "count", 0.0, False, seen)
+    for name in ("engine restarts", "preemptions"):
+        seen = result.find(name, run="exact") if result else None
+        yield Target(f"{name} in steps under fire{model}", "count", 1.0, True, seen)
+    seen = not_same(result) if result else None
+    yield Target(f"recorded steps that give other bytes when run again{model}", "count", 0.0, False, seen)
+
+
+def _rl_distill(result: Result | None) -> Iterator[Target]:
+    model = f" ({result.config['model']})" if result else ""
+    for task in DISTILLED:
+        seen = result.find("student over specialist", task=task) if result else None
+        yield Target(f"student of two over the specialist of {task}{model}", "ratio", 0.95, True, seen)

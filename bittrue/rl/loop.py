@@ -27,8 +27,6 @@ from bittrue.rl.source import Source
 from bittrue.train.checkpoint import Checkpoints, Snapshot, check_same
 from bittrue.train.metrics import MetricsFile
 
-_COMPARED = ("identity", "config", "threads")
-
 
 @dataclass(frozen=True, slots=True)
 class PolicyParts:
@@ -199,6 +197,7 @@ class PolicyRun:
             "identity": self._config.identity(),
             "config": dict(self._parts.model),
             "threads": self._parts.threads,
+            "source": self._parts.source.digest(),
         }
 
     def _restore(self, found: Snapshot) -> None:
@@ -235,8 +234,8 @@ def checkpoints_of(config: RlConfig, directory: Path) -> Checkpoints:
 
 def check_snapshot(found: Snapshot, present: Mapping[str, Any]) -> None:
     """Raises CheckpointError where a checkpoint is of another run than one with the ``present`` facts."""
-    other = "choose another directory, or the run file it was begun with"
-    for name in _COMPARED:
+    other = "choose another directory, or the run file and the prompts it was begun with"
+    for name in present:
         if name not in found.facts:
             raise CheckpointError(f"{found.path} lacks {name!r}; {other}", file=str(found.path))
         saved, now = found.facts[name], present[name]

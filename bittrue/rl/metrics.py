@@ -55,6 +55,7 @@ METRICS = (
     Metric("rollout/weight_version/mixed_ratio", "Share of answers sampled by more than one version."),
     Metric("rollout/staleness/mean", "Versions between sampling and training, mean over tokens."),
     Metric("rollout/staleness/max", "The most of them."),
+    Metric("rollout/preemptions", "Sequences the engine put off for want of memory."),
     Metric("rollout/queue_depth", "Groups sampled that wait to be trained on."),
     Metric("rollout/prefix_hit_rate", "Share of prompt tokens taken from the prefix cache."),
     Metric("rollout/spec_accept_length", "Tokens a speculative step yields, mean."),
@@ -62,6 +63,7 @@ METRICS = (
     Metric("verifier/{outcome}", "Answers with this outcome: right, wrong, unparsable, timeout, crash."),
     Metric("verifier/seconds/p50", "Median time of a verification."),
     Metric("verifier/seconds/p99", "99th percentile of it."),
+    Metric("verifier/restarts", "Workers started in the place of one that died, since the start."),
     # The update.
     Metric("train/loss", "Policy loss with all its terms."),
     Metric("train/value_loss", "Loss of the value head."),
@@ -124,6 +126,7 @@ METRICS = (
     Metric("perf/tokens_per_second", "Answer tokens a second of the whole step."),
     Metric("perf/rollout_seconds", "Time of sampling and scoring."),
     Metric("perf/train_seconds", "Time of the update."),
+    Metric("perf/eval_seconds", "Time of held-out measurements before it."),
     Metric("perf/sync_seconds", "Time of publishing weights."),
     Metric("perf/sync_bytes", "Bytes published."),
 )

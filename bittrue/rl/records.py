@@ -106,12 +106,6 @@ class Records:
         """Raises CheckpointError where the record is missing or not what was written."""
         return _unpacked(_DECODER.decode(self._read(step)[1]))
 
-    def drop_after(self, step: int) -> None:
-        """Removes the records of later steps."""
-        for path in self._directory.glob("step-*.rec"):
-            if int(path.stem.removeprefix("step-")) > step:
-                path.unlink()
-
     def _read(self, step: int) -> tuple[bytes, bytes]:
         path = self.path(step)
         try:

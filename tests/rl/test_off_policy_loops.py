@@ -80,7 +80,8 @@ def test_an_asynchronous_run_is_never_staler_than_it_may_be(
     weights_after(settings, tmp_path / "run")
     lines = lines_of(tmp_path / "run")
     assert len(lines) == 8 and all(line["rollout/staleness/max"] <= 2.0 for line in lines)
-    assert max(line["rollout/staleness/max"] for line in lines) == 2.0
+    # An engine inside gets on only while a batch is waited for: of the next ones little is there then.
+    assert max(line["rollout/staleness/max"] for line in lines) == (1.0 if engine == "inside" else 2.0)
     assert sum(compared(line) for line in lines) > 0
     if engine == "inside":  # the interleaving is that of the steps: some answer saw weights change
         assert any(line["rollout/weight_version/mixed_ratio"] > 0 for line in lines)
@@ -101,7 +102,7 @@ def test_an_engine_killed_again_and_again_changes_no_byte_of_a_synchronous_run(t
         def step_and_kill() -> Any:
             nonlocal polled
             polled += 1
-            if polled % 25 == 0 and engine.pid is not None:
+            if polled % 8 == 0 and engine.pid is not None:
                 os.kill(engine.pid, signal.SIGKILL)
             return step()
 

@@ -13,6 +13,7 @@ from bittrue.errors import CheckpointError, ConfigError
 from bittrue.obs.log import Log
 from bittrue.rl.assembly import open_policy
 from bittrue.rl.config import RlConfig
+from bittrue.rl.problems import Problems
 from bittrue.train.metrics import MetricsFile
 from bittrue.train.run_file import checked, setting_help
 
@@ -112,6 +113,14 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(
 def test_a_directory_of_another_run_is_refused(whole: tuple[Path, dict[str, Tensor]]) -> None:
     with pytest.raises(CheckpointError, match="rollout.group"):
         weights_after(config(rollout={"group": 5}), whole[0])
+
+
+def test_a_run_whose_prompts_changed_is_refused(
+    whole: tuple[Path, dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Problems, "digest", lambda self: "another")
+    with pytest.raises(CheckpointError, match="of another source"):
+        weights_after(config(), whole[0])
 
 
 def test_run_files_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,9 +46,10 @@ STALENESS = """\
 ## Learning from older weights
 
 The same run with more and more versions between sampling and training; same seed, steps, rate and
-correction. KL is that of the sampling policy to the trained one, ESS the effective share of tokens under
-the correction's weights. Answers are compared where their weights are still there when they have come.
-Trainer and engine share the cores: the seconds say what a step took here, not what overlap is worth.
+correction. KL is that of the sampling policy to the trained one, estimated by k1, which may fall below 0;
+*largest* is by size. ESS is the effective share of tokens under the correction's weights. Answers are
+compared where their weights are still there when they have come. Trainer and engine share the cores: the
+seconds say what a step took here, not what overlap is worth.
 
 """
 DISTILL = """\
@@ -189,7 +190,7 @@ def _staleness_cells(r: Result, arm: str) -> Iterator[str]:
     yield f"{_mean(mean_age):.2f}" if mean_age else ""
     yield f"{max(age):.0f}" if age else ""
     yield f"{_mean(score[-_LAST:]):.3f}" if score else ""
-    yield from (shown(value, "nats") for value in (_mean(kl), max(kl))) if kl else ("", "")
+    yield from (shown(value, "nats") for value in (_mean(kl), max(kl, key=abs))) if kl else ("", "")
     yield from (f"{value:.4f}" for value in (_mean(ess), min(ess))) if ess else ("", "")
     seconds = sorted(_values(r, "step", arm))
     yield shown(seconds[len(seconds) // 2], "s") if seconds else ""

@@ -147,7 +147,7 @@ def stale() -> dict[str, Result]:
     ]
     for arm, age, seconds in (("sync", 0.0, 2.0), ("async 2", 1.5, 4.0)):
         labels: dict[str, Label] = {"arm": arm, "staleness": int(age)}
-        values = {"reward/mean": 0.5 + age, "train/ppo_kl": age / 1000, "is/ess_ratio": 1 - age / 10}
+        values = {"reward/mean": 0.5 + age, "train/ppo_kl": -age / 1000, "is/ess_ratio": 1 - age / 10}
         values |= {"rollout/staleness/mean": age, "rollout/staleness/max": 2 * age}
         for step in range(12):
             own = {**labels, "step": step}
@@ -161,7 +161,7 @@ def stale() -> dict[str, Result]:
 
 def test_staleness_is_told_arm_by_arm(stale: dict[str, Result]) -> None:
     rows = rows_of(stale)
-    assert ["async 2", "1.25", "3", "2.000", "1.25e-03", "1.50e-03", "0.7083", "0.0000", "4.00 s",
+    assert ["async 2", "1.25", "3", "2.000", "-1.25e-03", "-1.50e-03", "0.7083", "0.0000", "4.00 s",
             "2,999 of 3,000", "0"] in rows  # fmt: skip
     assert next(row for row in rows if row[0] == "sync")[:6] == ["sync", "0.00", "0", "0.500", "0", "0"]
     low, high = wilson(80, 100)

@@ -234,6 +234,7 @@ def test_the_page_says_what_was_stored_and_which_target_does_not_hold() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute on idle cores
 def test_rollouts_of_the_same_arithmetic_are_exact_and_misplaced_records_refused(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     sizes = ["--seeds", "1", "--prompts", "1", "--steps", "1", "--threads", "1"]

@@ -3,10 +3,10 @@
 Usage: python benchmarks/rl_exact.py --work /tmp/exact --out benchmarks/results/rl-exact-mini.json
 
 Run 1: 100 synchronous steps on models/mini, the engine in a process of its own with continuous batching,
-shared prefixes, drafts and too little memory for all its sequences, killed once (SIGKILL) in the middle of a
-step. Run 2: one step off policy with truncated importance sampling. Run 3: PPO with a value head and a
-penalty for the distance to the first policy. Then random steps of all three are computed again from their
-records and compared byte by byte (law L10).
+shared prefixes and drafts, a sequence put off by force in every third of its steps, killed once (SIGKILL)
+while it samples. Run 2: one step off policy with truncated importance sampling. Run 3: PPO with a value head
+and a penalty for the distance to the first policy. Then random steps of all three are computed again from
+their records and compared byte by byte (law L10).
 """
 
 import argparse
@@ -22,7 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from bittrue.bench.result import Label, Measurement, Result, new_result, write_result
+from bittrue.engine.engine import Engine
+from bittrue.engine.link import ProcessLink
+from bittrue.engine.types import TokenEvent
 from bittrue.obs.log import Log
+from bittrue.rl import assembly
 from bittrue.rl.assembly import Policy, open_policy
 from bittrue.rl.config import RlConfig
 from bittrue.rl.remote_engine import RemoteEngine
@@ -33,6 +37,20 @@ from bittrue.train.run_file import checked
 
 STEPS = {"exact": 100, "one-off": 30, "ppo": 30}
 KILLED_AT = 50
+PREEMPTED_EVERY = 3
+
+
+class Preempting(Engine):
+    """An engine that takes the memory away from one of its sequences in every third step."""
+
+    _steps = 0
+
+    def step(self) -> list[TokenEvent]:
+        self._steps += 1
+        if self._steps % PREEMPTED_EVERY == 0 and self._outputs:
+            names = sorted(self._outputs)
+            self.preempt(names[self._steps * 7919 % len(names)])
+        return super().step()
 
 
 def settings(name: str) -> RlConfig:
@@ -44,7 +62,7 @@ def settings(name: str) -> RlConfig:
         "run": {"steps": STEPS[name], "eval_every": 0, "keep": 1000, "threads": 2},
     }
     changed: dict[str, dict[str, dict[str, Any]]] = {
-        "exact": {"loop": {"engine": "process"}, "rollout": {"kv_memory": "12MiB", "max_running": 64}},
+        "exact": {"loop": {"engine": "process"}},
         "one-off": {
             "loop": {"kind": "pipelined", "staleness": 1},
             "policy": {"correction": "tis"},
@@ -62,6 +80,7 @@ def run_one(name: str, out: Path) -> tuple[list[Mapping[str, float]], int]:
     out.mkdir(parents=True)
     (out / CONFIG_FILE).write_text(config.model_dump_json(indent=1) + "\n")
     log = Log(sys.stderr, "warning")
+    assembly._link = lambda kind, run: ProcessLink.start(run, factory="rl_exact:Preempting")
     with open_policy(config, out, log) as policy, MetricsFile(out / METRICS_FILE) as metrics:
         policy.run.begin(metrics)
         killer = threading.Thread(target=_kill_once, args=(policy,), daemon=True)

@@ -58,9 +58,16 @@ def rl(
         )
     if export is not None and export.exists() and (not export.is_dir() or any(export.iterdir())):
         raise UsageError(f"{export} exists and is not empty; choose another directory to export to")
+    if ray and config.loop.engine != "ray":
+        fact = f"--ray is the address of a cluster, and loop.engine is {config.loop.engine}"
+        raise UsageError(f"{fact}; choose loop.engine = ray, or leave it out")
     log = Log(sys.stderr)
     directory = Path(config.run.out)
-    with run_directory(directory), stop_on_signal(log) as should_stop, _bar(log, config.run.steps) as tell:
+    with (
+        run_directory(directory),
+        stop_on_signal(log) as should_stop,
+        progress(log, config.run.steps) as tell,
+    ):
         if config.loop.engine == "ray":
             sitting = Sitting(config.model_dump_json(), directory, export, tensorboard, tuple(control))
             ended = train_on_ray(sitting, log, address=ray, should_stop=should_stop, tell=tell)
@@ -83,7 +90,7 @@ def rl(
 
 
 @contextlib.contextmanager
-def _bar(log: Log, steps: int) -> Iterator[Tell]:
+def progress(log: Log, steps: int) -> Iterator[Tell]:
     """A bar on a terminal, elsewhere a line of the log for every step."""
     bar = step_bar(log)
     task = bar.add_task("rl", total=steps, completed=0, shown="")
@@ -92,13 +99,13 @@ def _bar(log: Log, steps: int) -> Iterator[Tell]:
         if not values:  # the step it goes on from
             bar.update(task, completed=step)
             return
-        parity = values.get("parity/logprob_abs_diff/max")
-        shown = f"reward {values['reward/mean']:.3f}"
+        parity, reward = values.get("parity/logprob_abs_diff/max"), values.get("reward/mean")
+        shown = "no scores" if reward is None else f"reward {reward:.3f}"
         shown += "" if parity is None else f"  parity {parity:g}"
         bar.update(task, completed=step, shown=shown)
         evals = {name: round(value, 4) for name, value in values.items() if name.startswith("eval/")}
         if bar.disable:
-            facts = {"reward": round(values["reward/mean"], 4), "parity": parity, **evals}
+            facts = {"reward": reward if reward is None else round(reward, 4), "parity": parity, **evals}
             log.info("step", n=f"{step}/{steps}", **facts)
 
     with bar:

@@ -167,8 +167,12 @@ class Engine:
         self._weights.apply(staged)
         self._spaces.clear()
         self.parts = replace(self.parts, weight_version=self._weights.version)
-        for output in self._outputs.values():
-            output.versions.append((len(output.generated), self._weights.version))
+        for seq_id, output in self._outputs.items():
+            begin = len(output.generated)
+            keeps_rows = running == "in_place" and self._scheduler.sequence(seq_id).num_computed > 0
+            if not keeps_rows and output.versions[-1][0] == begin:  # nothing is left of that version
+                output.versions.pop()
+            output.versions.append((begin, self._weights.version))
             if output.record is not None and running == "retract":
                 output.record.forget()
         return True

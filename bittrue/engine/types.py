@@ -63,7 +63,9 @@ class Choices(msgspec.Struct, frozen=True, kw_only=True):
     first_row: int
     rows: bytes
     row_shape: tuple[int, int, int, int]
-    versions: tuple[tuple[int, str], ...]  # generated token from which on, version of the weights
+    # Generated token from which on, version of the weights. Two that begin with the first: the one before
+    # computed rows of the prompt that are read on.
+    versions: tuple[tuple[int, str], ...]
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, tag="request"):

@@ -106,6 +106,11 @@ class LoopSection(Section):
             )
         if self.engines > 1 and self.engine == "inside":
             raise ValueError(f"{self.engines} engines do not fit inside one process; choose engine = process")
+        if self.running != "retract" and self.kind != "async":
+            raise ValueError(
+                f"running = {self.running}: in a {self.kind} loop nothing is under way when weights change; "
+                "choose async, or leave it out"
+            )
         return self
 
 
@@ -232,7 +237,32 @@ class RlConfig(Section):
             )
         if self.rollout.refill and self.loop.kind != "sync":
             raise ValueError("rollout.refill asks for more prompts at once; choose the sync loop, or 0")
+        if self.rollout.refill and (distills or self.policy.advantage in WHOLE_BATCH):
+            what = "with teachers" if distills else f"with {self.policy.advantage}"
+            raise ValueError(f"rollout.refill: {what} groups of equal scores teach too; choose 0")
+        if distills:
+            self._check_teachers()
         return self
+
+    def _check_teachers(self) -> None:
+        """Raises ValueError for what would do nothing beside teachers."""
+        idle = [
+            name
+            for name, setting in PolicySection.model_fields.items()
+            if name not in _DISTILLED and getattr(self.policy, name) != setting.default
+        ]
+        if idle:
+            raise ValueError(
+                f"with teachers the loss is theirs, and policy.{idle[0]} does nothing; leave it out, or "
+                "distill.teachers"
+            )
+        for name, teacher in self.distill.teachers.items():
+            unknown = sorted(set(teacher.tasks) - self.data.tasks.keys())
+            if self.data.tasks and unknown:
+                raise ValueError(
+                    f"teacher {name} teaches {unknown[0]}, which is not asked; choose among "
+                    f"{', '.join(sorted(self.data.tasks))}"
+                )
 
     def identity(self) -> dict[str, Any]:
         """What the weights after a number of steps depend on, by dotted name; drafts, memory and batches are
@@ -247,6 +277,9 @@ class RlConfig(Section):
 
 # Advantages of tokens, not of answers.
 PER_TOKEN = ("reinforce_pp", "gae")
+# Whitened over the batch: a group of equal scores teaches too.
+WHOLE_BATCH = (*PER_TOKEN, "reinforce_pp_baseline")
+_DISTILLED = frozenset(("reduction", "parity"))  # what teachers leave of the policy's settings
 _NO_INFLUENCE = frozenset(
     ("verifiers.workers", "verifiers.require_sandbox", "verifiers.python_path")
     + ("rollout.speculation", "rollout.kv_memory", "rollout.max_running", "rollout.max_step_tokens")

@@ -26,7 +26,7 @@ from bittrue.rl.advantage import (
     token_rewards,
     whiten,
 )
-from bittrue.rl.config import PER_TOKEN, RlConfig
+from bittrue.rl.config import PER_TOKEN, WHOLE_BATCH, RlConfig
 from bittrue.rl.metrics import StepReports, flatten
 from bittrue.rl.parity import Parity, check
 from bittrue.rl.records import StepBatch
@@ -80,8 +80,7 @@ class Learner:
         groups = np.repeat(np.arange(len(batch.groups)), [len(group) for group in batch.groups])
         dropped = drop_reasons(scores, groups)
         values = flatten(StepReports(groups=group_report(groups, dropped)))
-        if self._config.policy.advantage in (*PER_TOKEN, "reinforce_pp_baseline"):
-            # Whitened over the batch: a group of equal scores teaches too.
+        if self._config.policy.advantage in WHOLE_BATCH:
             kept = np.flatnonzero(~np.isnan(scores))
         else:
             kept = np.array([i for i, group in enumerate(groups) if int(group) not in dropped], np.int64)

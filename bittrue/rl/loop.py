@@ -24,8 +24,9 @@ from bittrue.rl.records import Records, StepBatch, prompts_digest
 from bittrue.rl.rollout import RolloutEngine
 from bittrue.rl.run_files import STEPS_FILE
 from bittrue.rl.source import Source
+from bittrue.rl.types import Rollout
 from bittrue.train.checkpoint import Checkpoints, Snapshot, check_same
-from bittrue.train.metrics import MetricsFile
+from bittrue.train.metrics import MetricsFile, read_metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,12 @@ class PolicyRun:
         self._checkpoints = checkpoints_of(config, directory)
         self._records = Records(directory)
         self._publisher = Publisher()
-        self._versions: dict[str, int] = {}  # weights the engine had, by the step they were trained for
+        # Weights that tokens under way may be of, and the number each has: of the step it was made for. One
+        # name may have had several, where a step taught nothing; then the last counts.
+        self._versions: dict[str, int] = {}
+        self._names: dict[int, str] = {}
         self._version = ""
+        self._ahead: list[Rollout] = []  # on record, with tokens of weights that are still to come
         self.step = 0
         self._saved = -1
 
@@ -58,12 +63,13 @@ class PolicyRun:
 
     def begin(self, metrics: MetricsFile) -> None:
         """Goes on from the newest good checkpoint, or writes the first. Raises CheckpointError where the
-        checkpoints are another run's."""
+        checkpoints are another run's, or lost."""
         self._checkpoints.clean()
         found = self._checkpoints.newest(warn=lambda fact: self._log.warning("checkpoint", problem=fact))
         if found is None:
-            if not metrics.is_empty:
-                fact = "there are metrics of a run, but no checkpoint; choose another run directory"
+            if not metrics.is_empty or not self._records.is_empty:
+                what = "records" if metrics.is_empty else "metrics"
+                fact = f"there are {what} of a run, but no checkpoint; choose another run directory"
                 raise CheckpointError(f"{metrics.path.parent}: {fact}", file=str(metrics.path))
             self.save(metrics)
             return
@@ -81,12 +87,13 @@ class PolicyRun:
         """Trains to the last step, or until ``should_stop``; a checkpoint is written at the end of either.
         Whether the last step was reached. Raises ParityBroken, TrainingFailed."""
         settings, parts = self._config.run, self._parts
-        self._publish()
-        pipeline = Pipeline(
-            self._config, parts.engine, parts.source, self._records, self._versions, first=self.step
-        )
         with MetricsFile(self._directory / STEPS_FILE) as steps:
             steps.cut(self.step)
+            self._names = {line["step"]: line["weights_before"] for line in read_metrics(steps.path)}
+            self._publish()
+            pipeline = Pipeline(
+                self._config, parts.engine, parts.source, self._records, self._versions, first=self.step
+            )
             while self.step < settings.steps and not should_stop():
                 values, facts = self._one_step(pipeline)
                 metrics.append({"step": self.step - 1, **values})
@@ -119,9 +126,10 @@ class PolicyRun:
         pipeline.ask(self.step + loop.staleness)
         values = self._evaluate(pipeline) if self._is_due() else {}
         clock.lap("eval")
-        before = self._parts.engine.stats()
+        before, restarts = self._parts.engine.stats(), self._restarts()
         depth = pipeline.depth
         batch = pipeline.take(self.step)
+        self._check_versions(batch)
         clock.lap("rollout")
         values |= {"rollout/queue_depth": float(depth), **answer_values(batch, self.step)}
         values |= learner.gradient(batch)
@@ -131,7 +139,8 @@ class PolicyRun:
         elif loop.kind == "async":
             pipeline.poll()
         clock.lap("rollout")
-        values |= engine_values(before, self._parts.engine.stats())
+        if self._restarts() == restarts:  # another process counts from 0
+            values |= engine_values(before, self._parts.engine.stats())
         values |= verifier_values(self._parts.source.health())
         values |= self._compare(pipeline)
         values |= learner.step(self.step)
@@ -154,7 +163,11 @@ class PolicyRun:
         learner, loop = self._parts.learner, self._config.loop
         update = self._publisher.update(dict(learner.tensors()), is_delta=bool(self._version))
         self._versions[update.version] = self.step
-        self._version = update.version
+        self._names[self.step] = self._version = update.version
+        oldest = self.step - loop.staleness  # what was asked before is taken
+        for name in [name for name, number in self._versions.items() if number < oldest]:
+            del self._versions[name]
+        self._names = {number: name for number, name in self._names.items() if number >= oldest}
         self._parts.engine.update_weights(update, running=loop.running)
         return update.num_bytes
 
@@ -164,14 +177,28 @@ class PolicyRun:
         loop = self._config.loop
         if not loop.staleness:
             return {}
-        came = pipeline.arrivals()
+        came = self._ahead + pipeline.arrivals()
+        self._ahead = [r for r in came if any(span.policy_version > self.step for span in r.spans)]
         if loop.running == "in_place":  # an answer that went on over rows of older weights is of no version
             came = [rollout for rollout in came if len(rollout.spans) == 1]
         return flatten(StepReports(parity=self._parts.learner.compare(came, self.step)))
 
+    def _check_versions(self, batch: StepBatch) -> None:
+        """Raises CheckpointError where answers are of weights that this run has not had, or of too old
+        ones: their record is of another course of it."""
+        oldest = self.step - self._config.loop.staleness
+        for number in {int(n) for rollout in batch.rollouts for n in rollout.policy_versions()}:
+            name = batch.versions.get(number)
+            if not oldest <= number <= self.step or name is None or name != self._names.get(number):
+                path = self._records.path(self.step)
+                fact = f"{path} has answers of weights {name} as version {number}, which this run had not"
+                raise CheckpointError(
+                    f"{fact}; remove the records of step {self.step} and later, and they are sampled again",
+                    file=str(path),
+                )
+
     def _facts_of(self, batch: StepBatch, begun_at: str) -> dict[str, Any]:
         """The line of steps.jsonl, but for what the update makes."""
-        numbers = {int(n) for rollout in batch.rollouts for n in rollout.policy_versions()}
         return {
             "step": self.step,
             "begun_at": begun_at,
@@ -179,9 +206,13 @@ class PolicyRun:
             "prompts": prompts_digest([group[0].rollout.prompt_ids.tolist() for group in batch.groups]),
             "record": self._records.digest(self.step),
             "outcomes": outcome_counts(batch.scored),
-            "versions": {name: n for name, n in self._versions.items() if n in numbers},
-            "engine_restarts": getattr(self._parts.engine, "restarts", 0),
+            "versions": {name: number for number, name in batch.versions.items()},
+            "engine_restarts": self._restarts(),
         }
+
+    def _restarts(self) -> int:
+        """Of engines in processes of their own, in this sitting."""
+        return int(getattr(self._parts.engine, "restarts", 0))
 
     def _evaluate(self, pipeline: Pipeline) -> dict[str, float]:
         """What the weights the engine has can do on held-out prompts."""

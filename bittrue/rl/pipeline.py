@@ -21,10 +21,12 @@ from bittrue.rl.types import Group, Rollout, Scored
 
 @dataclass(slots=True)
 class _Open:
-    """A batch under way: what was asked, and the groups that have come, by key."""
+    """A batch under way: what was asked, the groups that have come, by key, and the weights that sampled
+    them, by policy version."""
 
     asked: list[Asked]
     groups: dict[str, Group] = field(default_factory=dict)
+    versions: dict[int, str] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[Asked]:
@@ -60,6 +62,8 @@ class Pipeline:
         for step in range(self._asked, end):
             if not self._records.has(step):
                 self._begin(step, self._source.of_step(step, self._config.rollout.prompts))
+            elif self._config.loop.staleness:  # the run may have ended before they were compared
+                self._arrived += self._records.read(step).rollouts
         self._asked = max(self._asked, end)
 
     def take(self, step: int) -> StepBatch:
@@ -83,7 +87,8 @@ class Pipeline:
                 self._close(step)
 
     def arrivals(self) -> list[Rollout]:
-        """The answers that came whole since this was last asked."""
+        """The answers that came whole, or were found on record, since this was last asked: where batches are
+        asked ahead; on policy none."""
         found, self._arrived = self._arrived, []
         return found
 
@@ -106,7 +111,10 @@ class Pipeline:
 
     def _take(self, batch: _Open, asked: Asked) -> None:
         group = batch.groups[asked.prompt.key] = self._sampler.take(asked.prompt)
-        self._arrived += group.rollouts
+        numbers = {int(n) for rollout in group.rollouts for n in rollout.policy_versions()}
+        batch.versions |= {n: name for name, n in self._versions.items() if n in numbers}
+        if self._config.loop.staleness:
+            self._arrived += group.rollouts
 
     def _close(self, step: int) -> None:
         """Waits for a batch, scores it and writes its record."""
@@ -121,7 +129,8 @@ class Pipeline:
             groups = self._scored(batch)
         del self._open[step]
         tasks = tuple(each.task for each in batch.asked)
-        self._records.write(StepBatch(step, tasks, tuple(tuple(group) for group in groups)))
+        found = tuple(tuple(group) for group in groups)
+        self._records.write(StepBatch(step, tasks, found, dict(sorted(batch.versions.items()))))
 
     def _scored(self, batch: _Open) -> list[list[Scored]]:
         for each in batch.missing:

@@ -2,8 +2,8 @@
 
 import hashlib
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ _DIGEST_BYTES = 32
 @dataclass(frozen=True, slots=True, eq=False)
 class StepBatch:
     """The answers a step learns from, with their scores, by prompt; ``tasks`` [prompts] names what was
-    asked."""
+    asked, ``versions`` the weights of every policy version that sampled a token."""
 
     step: int
     tasks: tuple[str, ...]
     groups: tuple[tuple[Scored, ...], ...]
+    versions: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def scored(self) -> list[Scored]:
@@ -63,6 +64,7 @@ class _Step(msgspec.Struct, frozen=True, array_like=True):
     step: int
     tasks: tuple[str, ...]
     groups: tuple[tuple[_Answer, ...], ...]
+    versions: dict[int, str] = {}  # msgspec copies it
 
 
 _DECODER = msgspec.msgpack.Decoder(_Step)
@@ -95,6 +97,10 @@ class Records:
             ) from error
         return digest.hexdigest()
 
+    @property
+    def is_empty(self) -> bool:
+        return not any(self._directory.glob("step-*.rec"))
+
     def has(self, step: int) -> bool:
         return self.path(step).is_file()
 
@@ -103,8 +109,12 @@ class Records:
         return self._read(step)[0].hex()
 
     def read(self, step: int) -> StepBatch:
-        """Raises CheckpointError where the record is missing or not what was written."""
-        return _unpacked(_DECODER.decode(self._read(step)[1]))
+        """Raises CheckpointError where the record is missing, not what was written, or of another step."""
+        found = _DECODER.decode(self._read(step)[1])
+        if found.step != step:
+            fact = f"{self.path(step)} is the record of step {found.step}"
+            raise CheckpointError(f"{fact}; restore the file", file=str(self.path(step)))
+        return _unpacked(found)
 
     def _read(self, step: int) -> tuple[bytes, bytes]:
         path = self.path(step)
@@ -128,7 +138,7 @@ class Records:
 
 def _packed(batch: StepBatch) -> _Step:
     groups = tuple(tuple(_answer(each) for each in group) for group in batch.groups)
-    return _Step(batch.step, batch.tasks, groups)
+    return _Step(batch.step, batch.tasks, groups, dict(batch.versions))
 
 
 def _answer(each: Scored) -> _Answer:
@@ -155,7 +165,7 @@ def _array(values: NDArray[Any]) -> _Array:
 
 def _unpacked(found: _Step) -> StepBatch:
     groups = tuple(tuple(_scored(answer) for answer in group) for group in found.groups)
-    return StepBatch(found.step, found.tasks, groups)
+    return StepBatch(found.step, found.tasks, groups, found.versions)
 
 
 def _scored(answer: _Answer) -> Scored:

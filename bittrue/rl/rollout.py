@@ -154,9 +154,8 @@ class Sampler:
         spans = [
             Span(self._policy_versions[version], end - begin)
             for (_, version), begin, end in zip(choices.versions, begins, begins[1:], strict=False)
-            if end > begin
         ]
-        return tuple(spans)
+        return tuple(span for i, span in enumerate(spans) if span.num_tokens or (i == 0 and num_tokens))
 
 
 def _shared(rollouts: Sequence[Rollout]) -> tuple[Rollout, ...]:

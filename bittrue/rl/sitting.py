@@ -43,10 +43,10 @@ def train_policy(
     hears of every step, first of the one it goes on from. Certificate and report, with the curves of
     ``controls``, are written at the end of either, and where a step was refused; ``export``, the policy as a
     published checkpoint, at the end of the run."""
-    write_file(out / CONFIG_FILE, config.model_dump_json(indent=1) + "\n")
     with open_policy(config, out, log) as policy, MetricsFile(out / METRICS_FILE) as metrics:
         run = policy.run
-        run.begin(metrics)
+        run.begin(metrics)  # settings of another run are refused before they are written
+        write_file(out / CONFIG_FILE, config.model_dump_json(indent=1) + "\n")
         is_finished = run.step >= config.run.steps
         write_source(out, _source_of(policy, config))
         if not is_finished:

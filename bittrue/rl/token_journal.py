@@ -94,6 +94,8 @@ class TokenJournal:
         for entry in self._entries.values():
             entry.is_aborted |= running == "abort"
             if not entry.is_aborted:  # else its end is on the way
+                if running == "retract":
+                    _drop_empty(entry)
                 entry.versions.append((len(entry.token_ids), version))
 
     def give_back(self) -> list[Request | Abort]:
@@ -101,6 +103,10 @@ class TokenJournal:
         messages: list[Request | Abort] = []
         for name, entry in self._entries.items():
             entry.is_resumed = True
+            current = entry.versions[-1]
+            _drop_empty(entry)
+            if entry.versions[-1:] != [current]:
+                entry.versions.append(current)
             entry.drafts_before = (entry.num_drafted, entry.num_accepted)
             messages.append(msgspec.structs.replace(entry.request, resume=tuple(entry.token_ids)))
             if entry.is_aborted:
@@ -120,3 +126,9 @@ class TokenJournal:
         if event.choices is not None:
             changes["choices"] = msgspec.structs.replace(event.choices, versions=tuple(entry.versions))
         return msgspec.structs.replace(event, **changes)
+
+
+def _drop_empty(entry: Unfinished) -> None:
+    """Versions that sampled no token, and whose rows are gone."""
+    while entry.versions and entry.versions[-1][0] == len(entry.token_ids):
+        entry.versions.pop()

@@ -17,7 +17,8 @@ Outcome = Literal["right", "wrong", "unparsable", "timeout", "crash"]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive answer tokens sampled by one version of the policy."""
+    """Consecutive answer tokens sampled by one version of the policy. None, first of several: it computed
+    rows of the prompt, which the others read."""
 
     policy_version: int
     num_tokens: int
@@ -56,7 +57,8 @@ class Rollout:
             value = float(self.logprobs[wrong[0]])
             raise self._invalid(f"the log-probability of answer token {wrong[0]} is {value}")
         covered = sum(span.num_tokens for span in self.spans)
-        if covered != size or any(span.num_tokens < 1 for span in self.spans):
+        least = min((span.num_tokens for span in self.spans[1:]), default=1)
+        if covered != size or least < 1 or any(span.num_tokens < 0 for span in self.spans):
             raise self._invalid(f"its spans cover {covered} of {size} answer tokens, or one is empty")
         for name, record in (("experts", self.experts), ("index_rows", self.index_rows)):
             if record is not None and len(record) > self.num_tokens - 1:

@@ -114,6 +114,27 @@ def test_a_sequence_under_way_goes_on(
     assert engine.generate([PROMPT], GREEDY) == expected.generate([PROMPT], GREEDY)
 
 
+@pytest.mark.parametrize("running", ["retract", "in_place"])
+def test_rows_of_older_weights_below_a_first_token_are_told(models: list[Path], running: Running) -> None:
+    knobs: dict[str, object] = {**KNOBS, "max_step_tokens": 64, "max_running": 1, "speculation": "off"}
+    engine = Engine(models[0], **knobs)  # type: ignore[arg-type]
+    before = engine.stats().weight_version
+    for name in ("begun", "waiting"):
+        prompt = (*PROMPT, len(name))
+        engine.add(Request(request_id=name, prompt=prompt, params=GREEDY, records_choices=True))
+    assert not any(event.token_ids for event in engine.step())  # a part of the first prompt
+    engine.update_weights(update := update_to(models[1]), running=running)
+    found = {}
+    while engine.has_work():
+        found |= {event.request_id: event.choices.versions for event in engine.step() if event.choices}
+    engine.close()
+    after = (0, update.version)
+    assert found == {
+        "begun": ((0, before), after) if running == "in_place" else (after,),
+        "waiting": (after,),
+    }
+
+
 def test_sequences_can_be_ended_instead(engine: Engine, models: list[Path]) -> None:
     begun(engine, 3)
     engine.update_weights(update_to(models[1]), running="abort")

@@ -25,17 +25,16 @@ from bittrue.train.run_file import checked
 GROUP = 3
 
 
-def settings(*, policy: dict[str, Any] | None = None, loop: dict[str, Any] | None = None) -> RlConfig:
-    sections = {
+def settings(**sections: dict[str, Any]) -> RlConfig:
+    base: dict[str, dict[str, Any]] = {
         "model": {"start": "tiny"},
         "data": {"tasks": {"sort": 1.0}},
         "rollout": {"group": GROUP, "max_tokens": 12},
-        "policy": policy or {},
-        "loop": loop or {},
         "optim": {"lr": 3e-3},
         "run": {"steps": 1000},
     }
-    return checked(RlConfig, sections)
+    names = base.keys() | sections.keys()
+    return checked(RlConfig, {name: {**base.get(name, {}), **sections.get(name, {})} for name in names})
 
 
 def learner(judges: Judges | None = None, **sections: Any) -> Learner:
@@ -177,6 +176,26 @@ def test_answers_of_older_weights_are_weighted_and_those_of_todays_compared(
     assert "parity/differing" not in values
     assert values["is/ratio/min"] < 1.0 < values["is/ratio/max"]
     assert values["train/ratio/min"] == values["train/ratio/max"] == 1.0 and values["train/ppo_kl"] != 0.0
+
+
+def test_what_would_do_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="in a pipelined loop nothing is under way"):
+        settings(
+            loop={"kind": "pipelined", "staleness": 1, "running": "in_place"}, policy={"correction": "tis"}
+        )
+    for name, value in (("reference_kl", 0.1), ("entropy", 0.1), ("correction", "tis"), ("replay", "both")):
+        with pytest.raises(ConfigError, match=f"with teachers the loss is theirs, and policy.{name} does"):
+            with_teacher(["sort"], policy={name: value})
+    with_teacher(["sort"], policy={"reduction": "sequence_mean", "parity": "fp8"})
+    with_teacher([], loop={"kind": "async", "staleness": 1})
+    with pytest.raises(ConfigError, match="teacher one teaches sums, which is not asked; choose among sort"):
+        with_teacher(["sort", "sums"])
+    with pytest.raises(ConfigError, match="rollout.refill: with gae groups of equal scores teach too"):
+        settings(policy={"advantage": "gae"}, rollout={"refill": 1})
+
+
+def with_teacher(tasks: list[str], **sections: Any) -> RlConfig:
+    return settings(distill={"teachers": {"one": {"model": "tiny", "tasks": tasks}}}, **sections)
 
 
 # ---- distillation ------------------------------------------------------------------------------------

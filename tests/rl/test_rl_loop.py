@@ -9,11 +9,13 @@ import pytest
 from torch import Tensor
 
 from bittrue.cli.main import run as command
+from bittrue.cli.rl import progress
 from bittrue.errors import CheckpointError, ConfigError
 from bittrue.obs.log import Log
 from bittrue.rl.assembly import open_policy
 from bittrue.rl.config import RlConfig
 from bittrue.rl.problems import Problems
+from bittrue.rl.sitting import train_policy
 from bittrue.train.metrics import MetricsFile
 from bittrue.train.run_file import checked, setting_help
 
@@ -112,7 +114,8 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(
 
 def test_a_directory_of_another_run_is_refused(whole: tuple[Path, dict[str, Tensor]]) -> None:
     with pytest.raises(CheckpointError, match="rollout.group"):
-        weights_after(config(rollout={"group": 5}), whole[0])
+        train_policy(config(rollout={"group": 5}), whole[0], Log(sys.stderr, "error"))
+    assert not (whole[0] / "run.json").exists()  # its own settings are not lost to the other's
 
 
 def test_a_run_whose_prompts_changed_is_refused(
@@ -134,6 +137,19 @@ def test_run_files_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path.write_text('[model]\nstart = "models/mini"\n[data]\ntasks = { sort = 1.0 }\n')
     assert command(["rl", str(path)]) == 2
     assert "run.out is missing" in capsys.readouterr().err
+    assert command(["rl", str(path), "--out", str(tmp_path / "out"), "--ray", "head:6379"]) == 2
+    assert "choose loop.engine = ray, or leave it out" in capsys.readouterr().err
+
+
+def test_a_step_without_any_score_is_told_as_others_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(Log(sys.stderr), steps=2) as tell:
+        tell(0, {})
+        tell(1, {"parity/logprob_abs_diff/max": 0.0})  # a reward function said None of every answer
+        tell(2, {"reward/mean": 0.5})
+    assert [line.split("reward=")[1].split()[0] for line in capsys.readouterr().err.splitlines()] == [
+        "None",
+        "0.5",
+    ]
 
 
 def test_every_setting_is_in_the_page_of_rl() -> None:

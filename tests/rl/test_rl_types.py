@@ -22,6 +22,8 @@ def rollout(**changes: Any) -> Rollout:
 
 def test_each_token_knows_the_version_that_sampled_it() -> None:
     assert rollout().policy_versions().tolist() == [7, 8, 8]
+    # The prompt's rows are of older weights than all that was sampled over them.
+    assert rollout(spans=(Span(7, 0), Span(8, 3))).policy_versions().tolist() == [8, 8, 8]
     empty = rollout(answer_ids=np.zeros(0, np.int32), logprobs=np.zeros(0, np.float32), spans=())
     assert empty.policy_versions().tolist() == []
 

@@ -60,6 +60,20 @@ def test_what_a_second_engine_tells_anew_is_told_once() -> None:
     assert told.choices.versions == ((0, "v1"), (2, "v2"))
 
 
+def test_versions_of_which_nothing_is_left_are_forgotten() -> None:
+    journal = TokenJournal("v1")
+    for name in "ab":
+        journal.open(request(name))
+    journal.record(event("b", 3))
+    journal.note_update("v2", "in_place")  # rows of the first may still be read
+    (a, b) = journal
+    assert (a.versions, b.versions) == ([(0, "v1"), (0, "v2")], [(0, "v1"), (1, "v2")])
+    journal.give_back()  # the engine that had them is gone
+    assert (a.versions, b.versions) == ([(0, "v2")], [(0, "v1"), (1, "v2")])
+    journal.note_update("v3", "retract")
+    assert (a.versions, b.versions) == ([(0, "v3")], [(0, "v1"), (1, "v3")])
+
+
 def test_a_request_that_was_not_served_yet_is_told_as_new() -> None:
     journal = TokenJournal("v1")
     journal.open(request("a"))

@@ -130,6 +130,8 @@ def run_config(arguments: argparse.Namespace, plan: Plan) -> RlConfig:
         "run.eval_every": 0,
         "run.checkpoint_every": plan.total + 1,
         "run.threads": arguments.threads,
+        "run.micro_tokens": arguments.micro_tokens,
+        "optim.matrices": "adamw",  # as the peer does
     }
     return load_run_file(RlConfig, arguments.run, changes)
 
@@ -233,6 +235,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--task", default="countdown", help="the one task of both")
     parser.add_argument("--rounds", type=int, default=8, help="in which both have a turn")
     parser.add_argument("--steps", type=int, default=4, help="of a turn")
+    parser.add_argument("--micro-tokens", type=int, default=1024, help="of bittrue's trainer")
     parser.add_argument("--threads", type=int, default=2, help="of both")
     parser.add_argument(
         "--experts", default="grouped_mm,eager", help="of transformers, tried first, by comma"

@@ -11,8 +11,8 @@ RL_PEER = """\
 The same task, batch, first weights and number of threads in TRL's GRPOTrainer with the model of transformers
 in float32 (`benchmarks/peers/README.md`); blocks of steps in turn, ratios round by round. A step is problems,
 answers, scores, update and publication; *rollout* is answers and scores. bittrue trains in the published
-formats, compares every log-probability with the sampled one, steps by Muon and AdamW, and leaves out groups
-whose answers score alike; TRL trains on all answers and steps by AdamW.
+formats, compares every log-probability with the sampled one, and leaves out groups whose answers score alike;
+TRL trains on all answers. Both step by AdamW.
 
 """
 _PARTS = ("step", "rollout", "train", "publish")

@@ -52,15 +52,7 @@ def rl(
     if require_sandbox:
         overrides["verifiers.require_sandbox"] = True
     config = load_run_file(RlConfig, run, overrides)
-    if not config.run.out:
-        raise ConfigError(
-            f"{run}: run.out is missing; name the run directory, or give --out", field="run.out"
-        )
-    if export is not None and export.exists() and (not export.is_dir() or any(export.iterdir())):
-        raise UsageError(f"{export} exists and is not empty; choose another directory to export to")
-    if ray and config.loop.engine != "ray":
-        fact = f"--ray is the address of a cluster, and loop.engine is {config.loop.engine}"
-        raise UsageError(f"{fact}; choose loop.engine = ray, or leave it out")
+    _check_flags(config, run, export, ray)
     log = Log(sys.stderr)
     directory = Path(config.run.out)
     with (
@@ -87,6 +79,18 @@ def rl(
         return EXIT_STOPPED
     print(directory / REPORT_FILE if export is None else export)
     return 0
+
+
+def _check_flags(config: RlConfig, run: Path, export: Path | None, ray: str) -> None:
+    """Raises ConfigError, UsageError for what could not be done in the end."""
+    if not config.run.out:
+        fact = f"{run}: run.out is missing"
+        raise ConfigError(f"{fact}; name the run directory, or give --out", field="run.out")
+    if export is not None and export.exists() and (not export.is_dir() or any(export.iterdir())):
+        raise UsageError(f"{export} exists and is not empty; choose another directory to export to")
+    if ray and config.loop.engine != "ray":
+        fact = f"--ray is the address of a cluster, and loop.engine is {config.loop.engine}"
+        raise UsageError(f"{fact}; choose loop.engine = ray, or leave it out")
 
 
 @contextlib.contextmanager

@@ -126,6 +126,21 @@ def test_the_value_head_learns_the_returns(sampled: tuple[StepBatch, StepBatch])
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_a_value_head_goes_on_where_it_was_saved(sampled: tuple[StepBatch, StepBatch]) -> None:
+    def made() -> Learner:
+        stale = {"kind": "pipelined", "staleness": 1}  # the same answers again are off policy
+        return learner(policy={"advantage": "gae", "value_lr": 0.05, "correction": "tis"}, loop=stale)
+
+    own, other = made(), made()
+    own.gradient(sampled[0])
+    own.step(0)
+    other.load_state({name: tensor.clone() for name, tensor in own.state().items()})
+    for each in (own, other):
+        each.gradient(sampled[0])
+        each.step(1)
+    assert own.digest() == other.digest()
+
+
 def test_the_reference_is_no_distance_away_at_first(sampled: tuple[StepBatch, StepBatch]) -> None:
     own = learner(Judges(reference=tiny_trainer("fp4")), policy={"reference_kl": 0.1})
     assert own.gradient(sampled[0])["train/kl"] == 0.0

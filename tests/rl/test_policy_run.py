@@ -97,7 +97,7 @@ def go(engine: Engine) -> Go:
         engine.flush()  # as a process that has just begun
         config, done = settings(**sections), 0
         learner = Learner(config, tiny_trainer("fp4"), Judges())
-        parts = PolicyParts(learner, engine, Parity(), {}, {}, 1)
+        parts = PolicyParts(learner, engine, Parity(), {"odd": Parity()}, {}, 1)
 
         def tell(values: object) -> None:
             nonlocal done
@@ -153,6 +153,17 @@ def test_a_run_one_step_off_that_was_killed_says_the_same_of_every_step(
         [line.get("parity/num_tokens") for line in lines_of(out / "metrics.jsonl")] for out in (whole, killed)
     ]
     assert numbers[0] == numbers[1]
+
+
+def test_what_is_measured_changes_no_weight(go: Go, whole: Path, tmp_path: Path) -> None:
+    measured = {"run": {"steps": STEPS, "eval_every": 1, "eval_problems": 3, "eval_samples": 2}}
+    go(tmp_path / "run", ONE_OFF | measured)
+    digests = [
+        [line["masters_after"] for line in lines_of(out / "steps.jsonl")] for out in (whole, tmp_path / "run")
+    ]
+    assert digests[0] == digests[1]
+    lines = lines_of(tmp_path / "run" / "metrics.jsonl")
+    assert len(lines) == STEPS + 1 and all("eval/odd/pass@2" in line for line in lines)
 
 
 def test_answers_on_record_are_compared_when_a_run_goes_on(go: Go, killed: Path) -> None:

@@ -235,7 +235,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--task", default="countdown", help="the one task of both")
     parser.add_argument("--rounds", type=int, default=8, help="in which both have a turn")
     parser.add_argument("--steps", type=int, default=4, help="of a turn")
-    parser.add_argument("--micro-tokens", type=int, default=1024, help="of bittrue's trainer")
+    parser.add_argument("--micro-tokens", type=int, default=4096, help="of bittrue's trainer")
     parser.add_argument("--threads", type=int, default=2, help="of both")
     parser.add_argument(
         "--experts", default="grouped_mm,eager", help="of transformers, tried first, by comma"

@@ -270,6 +270,7 @@ def check_snapshot(found: Snapshot, present: Mapping[str, Any]) -> None:
         if name not in found.facts:
             raise CheckpointError(f"{found.path} lacks {name!r}; {other}", file=str(found.path))
         saved, now = found.facts[name], present[name]
+        remedy = f"set run.threads = {saved}" if name == "threads" else other
         if not isinstance(saved, Mapping):
             saved, now = {name: saved}, {name: now}
-        check_same(found.path, saved, now, what=name, remedy=other)
+        check_same(found.path, saved, now, what=name, remedy=remedy)

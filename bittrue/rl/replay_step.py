@@ -9,11 +9,12 @@ from typing import Any
 from bittrue.errors import CheckpointError
 from bittrue.model.publication import Publisher
 from bittrue.obs.log import Log
-from bittrue.rl.assembly import Side, open_side
+from bittrue.rl.assembly import open_side
 from bittrue.rl.config import RlConfig
 from bittrue.rl.loop import check_snapshot, checkpoints_of
 from bittrue.rl.records import Records
 from bittrue.rl.run_files import CONFIG_FILE, STEPS_FILE
+from bittrue.train.checkpoint import Snapshot
 from bittrue.train.run_file import checked
 
 
@@ -48,9 +49,14 @@ class StepReplay:
         hears of every step that is begun. Raises CheckpointError where a checkpoint or record is missing or
         broken, ParityBroken where a record is not of the weights."""
         line = self._line(step)
-        side = open_side(self._config, self._directory, self._log)
+        found = self._checkpoint(step)
+        run = self._config.run.model_copy(update={"threads": found.facts["threads"]})  # as it was computed
+        config = self._config.model_copy(update={"run": run})
+        side = open_side(config, self._directory, self._log)
+        check_snapshot(found, side.facts(config))
         learner = side.learner
-        for number in range(self._restore(side, step), step + 1):
+        learner.load_state(found.tensors)
+        for number in range(found.step, step + 1):
             tell(number)
             self._check_record(number)
             learner.gradient(self._records.read(number))
@@ -58,17 +64,14 @@ class StepReplay:
         version = Publisher().update(dict(learner.tensors())).version
         return Replayed(step, learner.digest(), line["masters_after"], version, line["weights_after"])
 
-    def _restore(self, side: Side, step: int) -> int:
-        """The step that comes next to the checkpoint that was loaded."""
+    def _checkpoint(self, step: int) -> Snapshot:
+        """The newest that is not later."""
         checkpoints = checkpoints_of(self._config, self._directory)
         before = [number for number in checkpoints.steps() if number <= step]
         if not before:
             fact = f"{self._directory} has no checkpoint of step {step} or before"
             raise CheckpointError(f"{fact}; a run keeps its first", file=str(self._directory))
-        found = checkpoints.load(before[-1])
-        check_snapshot(found, side.facts(self._config))
-        side.learner.load_state(found.tensors)
-        return found.step
+        return checkpoints.load(before[-1])
 
     def _check_record(self, step: int) -> None:
         recorded = self._line(step)["record"]

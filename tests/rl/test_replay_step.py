@@ -13,9 +13,9 @@ from bittrue.rl.records import Records
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("replayed") / "run"
-    settings = config()
-    weights_after(settings, out)
-    (out / "run.json").write_text(settings.model_dump_json())
+    weights_after(config(), out)
+    every_core = config(run={"threads": 0})  # of whichever machine replays
+    (out / "run.json").write_text(every_core.model_dump_json())
     return out
 
 

@@ -115,6 +115,8 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(
 def test_a_directory_of_another_run_is_refused(whole: tuple[Path, dict[str, Tensor]]) -> None:
     with pytest.raises(CheckpointError, match="rollout.group"):
         train_policy(config(rollout={"group": 5}), whole[0], Log(sys.stderr, "error"))
+    with pytest.raises(CheckpointError, match=r"threads was 1, now it is 2; set run.threads = 1"):
+        weights_after(config(run={"threads": 2}), whole[0])
     assert not (whole[0] / "run.json").exists()  # its own settings are not lost to the other's
 
 

@@ -124,7 +124,7 @@ class Pipeline:
             lacking = settings.prompts - sum(_teaches(group) for group in groups)
             if lacking <= 0:
                 break
-            # Prompts of a step that the run does not reach: none of another step's are among them.
+            # Of a step that the run does not reach: problems no other step has; of a file, any rows again.
             self._begin(step, self._source.of_step(step + number * self._config.run.steps, lacking))
             groups = self._scored(batch)
         del self._open[step]

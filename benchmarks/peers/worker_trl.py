@@ -51,7 +51,7 @@ class Task:
         return self.scores
 
     def _score(self, asked: Asked, token_ids: list[int]) -> float:
-        return float(self._problems.is_right(asked.problem, token_ids))
+        return float(self._problems.is_right(asked.judge, token_ids))
 
 
 class TimedTrainer(GRPOTrainer):

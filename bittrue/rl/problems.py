@@ -74,11 +74,11 @@ class Problems:
         assert isinstance(asked.judge, Problem), "another source asked this"
         if rollout.is_truncated:
             return Scored(rollout, 0.0, "unparsable")
-        is_right = self._is_right(asked.judge, rollout.answer_ids.tolist())
+        is_right = self.is_right(asked.judge, rollout.answer_ids.tolist())
         outcome: Outcome = "right" if is_right else "wrong"
         return Scored(rollout, float(is_right), outcome)
 
-    def _is_right(self, problem: Problem, token_ids: Sequence[int]) -> bool:
+    def is_right(self, problem: Problem, token_ids: Sequence[int]) -> bool:
         """Whether these tokens, the end token among them, answer the problem."""
         eos = self._tokenizer.eos_id
         if not token_ids or token_ids[-1] != eos:

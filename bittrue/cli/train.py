@@ -20,6 +20,7 @@ from bittrue.text.tokenizer import Tokenizer
 from bittrue.train.assembly import Origin, make_trainer, open_source_of, origin_of
 from bittrue.train.checkpoint import Checkpoints, run_directory, write_file
 from bittrue.train.config import TrainConfig, load_train_config
+from bittrue.train.heap import keep_freed_memory
 from bittrue.train.metrics import METRICS_FILE, MetricsFile
 from bittrue.train.progress import TrainProgress
 from bittrue.train.report import write_report
@@ -64,6 +65,7 @@ def _train(
 ) -> int:
     checkpoints = Checkpoints(out, every=config.run.checkpoint_every, keep=config.run.keep)
     origin = origin_of(config.model, checkpoints)
+    keep_freed_memory()
     ops = select(config.run.backend)
     threads = config.run.threads or os.cpu_count() or 1
     set_threads(ops, threads)

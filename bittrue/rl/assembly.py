@@ -27,6 +27,7 @@ from bittrue.text.tokenizer import Tokenizer
 from bittrue.train.assembly import Origin, open_origin, origin_of
 from bittrue.train.checkpoint import write_file
 from bittrue.train.config import ModelSection
+from bittrue.train.heap import keep_freed_memory
 from bittrue.train.trainer import Trainer
 
 _FIRST_WEIGHTS = "policy-0"
@@ -107,6 +108,7 @@ def open_side(config: RlConfig, out: Path, log: Log) -> Side:
 
 
 def _trainer(config: RlConfig, origin: Origin, threads: int, log: Log) -> Trainer:
+    keep_freed_memory()
     ops = select("cpu")
     set_threads(ops, threads)
     log.info("training", ops=describe(ops), start=config.model.start, parity=config.policy.parity)

@@ -47,8 +47,8 @@ class Prompts:
             for k, rollout in enumerate(rollouts)
             if self._has_ended(rollout)
         }
-        jobs = [(_row(pairs[i][0]).verifier, found) for (i, _), found in answers.items()]
-        verdicts = dict(zip(answers, self._pool.judge_all(jobs), strict=True))
+        jobs = [(_row(pairs[i][0]), found) for (i, _), found in answers.items()]
+        verdicts = dict(zip(answers, self._judged(jobs), strict=True))
         return [
             [_scored(_row(asked), rollout, verdicts.get((i, k))) for k, rollout in enumerate(rollouts)]
             for i, (asked, rollouts) in enumerate(pairs)
@@ -60,11 +60,20 @@ class Prompts:
         first = {row.verifier.kind: row for row in reversed(self._rows)}
         for row in first.values():
             if row.verifier.room != "network":  # whoever is asked there would take it for an answer
-                self._check(row)
+                self._check(row, answer_of(""))
 
-    def _check(self, row: Row) -> None:
+    def _judged(self, jobs: Sequence[tuple[Row, Answers]]) -> list[Verdict]:
+        """The verdicts on all of them; an error names the row that has no verdict."""
         try:
-            self._pool.judge_all([(row.verifier, answer_of(""))], is_counted=False)
+            return self._pool.judge_all([(row.verifier, answers) for row, answers in jobs])
+        except VerifierUnavailable:
+            for row, answers in jobs:
+                self._check(row, answers)
+            raise
+
+    def _check(self, row: Row, answers: Answers) -> None:
+        try:
+            self._pool.judge_all([(row.verifier, answers)], is_counted=False)
         except VerifierUnavailable as error:
             raise VerifierUnavailable(f"{row.where}: verifier {row.verifier.kind!r}: {error}") from error
 

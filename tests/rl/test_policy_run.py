@@ -155,6 +155,7 @@ def test_a_run_one_step_off_that_was_killed_says_the_same_of_every_step(
     assert numbers[0] == numbers[1]
 
 
+@pytest.mark.slow
 def test_what_is_measured_changes_no_weight(go: Go, whole: Path, tmp_path: Path) -> None:
     measured = {"run": {"steps": STEPS, "eval_every": 1, "eval_problems": 3, "eval_samples": 2}}
     go(tmp_path / "run", ONE_OFF | measured)

@@ -200,6 +200,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_daemon_costs_one_crash_and_does_not_live_on(sandboxed: Pool, bad_file: Path) -> None:
     with Pool(num_workers=1, limits=Limits(seconds=60.0)) as pool:
         pool.judge(of(bad_file, "good"), answer_of("x"))
@@ -218,6 +219,7 @@ def test_a_worker_that_no_longer_answers_is_killed(sandboxed: Pool, bad_file: Pa
         assert (health.workers_started, health.restarts, health.total.timeouts) == (2, 1, 1)
 
 
+@pytest.mark.slow
 def test_with_limits_alone_what_does_not_end_is_killed_too(bad_file: Path, tmp_path: Path) -> None:
     note = tmp_path / "pid"
     with Pool(num_workers=1, isolation="limits", limits=Limits(seconds=60.0)) as pool:
@@ -323,6 +325,7 @@ def test_a_process_killed_from_outside_costs_no_verdict(
         assert health.total.outcomes["right"] == 1
 
 
+@pytest.mark.slow
 def test_with_limits_alone_a_process_killed_from_outside_costs_no_verdict(bad_file: Path) -> None:
     with Pool(num_workers=1, isolation="limits", limits=Limits(seconds=60.0)) as pool:
         for victim in (0, 1):

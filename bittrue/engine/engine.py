@@ -355,7 +355,9 @@ class Engine:
         row = 0
         for part, record in zip(plan.sequences, records, strict=True):
             if record is not None:
-                record.take(part.start, chosen, slice(row, row + part.num_tokens))
+                begin = max(part.start, self._kv.rebuilt_to(part.seq_id))
+                if begin < part.start + part.num_tokens:
+                    record.take(begin, chosen, slice(row + begin - part.start, row + part.num_tokens))
             row += part.num_tokens
 
     def _move(self, moves: Sequence[Move]) -> None:

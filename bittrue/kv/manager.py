@@ -392,6 +392,12 @@ class KVManager:
         for cache in self._sequences.values():
             cache.exact_from = _NEVER
 
+    def rebuilt_to(self, seq_id: str) -> int:
+        """Tokens before this position are run over again only to rebuild a state behind stored rows: what
+        they compute on the way is not what those rows were computed with. 0 = none are."""
+        exact_from = self._sequences[seq_id].exact_from
+        return 0 if exact_from == _NEVER else exact_from
+
     def snapshot(self, seq_id: str, tokens: Sequence[int], fold: int) -> None:
         """Takes what the sequence computed, ``tokens``, into the cache, with a copy of its state."""
         cache = self._sequences[seq_id]

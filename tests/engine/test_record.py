@@ -206,3 +206,23 @@ def test_positions_are_recorded_as_the_weights_of_the_rows_chose(
     assert_recorded(last, chosen_at_once(changed, (*one.prompt, *tokens[:-1])), last.first)
     engine.close()
     changed.close()
+
+
+def test_tokens_that_only_rebuild_a_state_are_not_recorded(model: Path, plain: Engine) -> None:
+    """A prefix resumed from stored rows is run over again behind its window, with other choices on the way."""
+    engine = engine_of(model, prefix_cache=True, snapshot_every=0)
+    first, second = (
+        Request(
+            request_id=name,
+            prompt=(*random_ids(140, VOCAB, seed=3), *random_ids(9, VOCAB, seed=seed)),
+            params=SamplingParams(max_tokens=8, temperature=1.0, seed=seed, ignore_eos=True),
+            records_choices=True,
+        )
+        for seed, name in enumerate(("first", "second"))
+    )
+    finished(engine, [first])
+    tokens, last = finished(engine, [second])["second"]
+    engine.close()
+    assert engine.stats().cache.hit_tokens.get("replay", 0) > 0 and last.choices is not None
+    assert 0 < last.choices.first <= len(second.prompt)
+    assert_recorded(last.choices, chosen_at_once(plain, (*second.prompt, *tokens)[:-1]), last.choices.first)

@@ -72,7 +72,7 @@ def assert_same(found: Sequence[Group], expected: Sequence[Group], *, whole_reco
             for mine, theirs in ((one.experts, two.experts), (one.index_rows, two.index_rows)):
                 assert mine is not None and theirs is not None
                 size = len(theirs) if whole_records else min(len(mine), len(theirs))
-                assert np.array_equal(mine[-size:], theirs[-size:])
+                assert np.array_equal(mine[len(mine) - size :], theirs[len(theirs) - size :])
 
 
 class Dying:

@@ -209,7 +209,7 @@ def test_positions_are_recorded_as_the_weights_of_the_rows_chose(
 
 
 def test_tokens_that_only_rebuild_a_state_are_not_recorded(model: Path, plain: Engine) -> None:
-    """A prefix resumed from stored rows is run over again behind its window; its choices differ on the way."""
+    """A prefix resumed from stored rows is run over again behind its window, with other choices there."""
     engine = engine_of(model, prefix_cache=True, snapshot_every=0)
     first, second = (
         Request(

@@ -30,7 +30,7 @@ from bittrue.rl.verifiers.worker_process import Setting, WorkerKilled, WorkerPro
 # What another run of the same check would find again. A timeout or a crash may be the machine's.
 _KEPT = ("right", "wrong", "unparsable")
 _STARTS = 5  # of a worker, where each before was killed: not by an answer, it had none to judge
-_CHANCES = 2  # of an answer whose check was killed: it may be what killed it
+_CHANCES = 3  # of an answer whose check was killed: it may be what killed it
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ class Pool:
     what no answer can cause: VerifierUnavailable (a library or the sandbox is missing, a reference cannot be
     read), ConfigError (the pool's own settings). Verdicts are kept by digest of verifier, problem and answer,
     the latest ``cache_entries``; timeouts and crashes are not. A check that something else on this machine
-    kills is made once more. ``python_path``: folders of the user's own
+    kills is made again, twice at most. ``python_path``: folders of the user's own
     modules, for reward functions. ``require_sandbox`` refuses to start where only limits could be set.
     """
 

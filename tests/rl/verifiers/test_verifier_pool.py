@@ -357,13 +357,13 @@ def test_a_program_killed_from_outside_costs_no_verdict(namespaced: None, isolat
 def test_an_answer_whose_check_is_killed_each_time_is_a_crash(namespaced: None, bad_file: Path) -> None:
     with Pool(num_workers=1, isolation="namespaces", limits=Limits(seconds=60.0)) as pool:
         slow = of(bad_file, "takes_its_time")
-        verdict = killed_while_judging(pool, slow, of_all=4, victim=2, times=2)
+        verdict = killed_while_judging(pool, slow, of_all=4, victim=2, times=3)
         assert (verdict.outcome, verdict.score) == ("crash", 0.0)
-        assert verdict.detail == "a worker was ended by SIGKILL, each of 2 times"
+        assert verdict.detail == "a worker was ended by SIGKILL, each of 3 times"
         verdict = pool.judge(of(bad_file, "kills_the_worker"), answer_of("x"))
         assert (verdict.outcome, verdict.detail) == (
             "crash",
-            "a worker was ended by SIGKILL, each of 2 times",
+            "a worker was ended by SIGKILL, each of 3 times",
         )
         program = "import os, signal\ndef f():\n    os.kill(os.getpid(), signal.SIGKILL)"
         assert pool.judge(FunctionTests("f", (Call(3),)), answer_of(program)).outcome == "crash"

@@ -241,7 +241,7 @@ class _Clock:
     """Seconds of a step by what they went into."""
 
     def __init__(self) -> None:
-        self._begun = self._last = time.perf_counter()
+        self._last = time.perf_counter()
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:

@@ -71,7 +71,7 @@ class Lessons:
 @dataclass(frozen=True, slots=True)
 class UpdateReport:
     """What a step found. ``stats`` are the trainer's, of the rollouts as plain text; ``routing``, ``index``
-    compare the record with what this pass chose, where it chose freely."""
+    compare the record with what this pass chose, where it chose freely and with the weights that sampled."""
 
     parity: Parity
     policy: PolicyReport
@@ -142,8 +142,8 @@ class PolicyObjective:
         of_value = options.value if self._value_head is not None else 0.0
         weights = (1.0, -options.entropy, options.reference_kl, of_value)
         parts = zip(self.parts, weights, strict=True)
-        reduced = (w * reduce(part, self.packing, options.reduction, self._totals) for part, w in parts)
-        return float(torch.stack([value for value in reduced if torch.is_tensor(value)]).sum())
+        reduced = [w * reduce(part, self.packing, options.reduction, self._totals) for part, w in parts]
+        return float(torch.stack(reduced).sum())
 
     def mean(self, part: int) -> float:
         return self.packing.mean(self.parts[part])
@@ -200,13 +200,14 @@ def backward(
         routes=routes_of(config, rollouts) if options.replays_experts else None,
         rows=rows_of(config, rollouts) if options.replays_rows else None,
         objective=objective,
-        keeps_choices=True,
+        keeps_choices=options.parity is not None,
     )
     parity = parity_of(objective.behaviour, objective.recomputed, objective.packing)
+    routing = index = None
     if options.parity is not None:
         check(parity, options.parity)
-    chosen = Choice.joined(stats.choices)
-    routing, index = selections_of(config, rollouts, chosen.routes, chosen.rows)
+        chosen = Choice.joined(stats.choices)
+        routing, index = selections_of(config, rollouts, chosen.routes, chosen.rows)
     correction, masked = objective.corrections()
     return UpdateReport(
         parity=parity,

@@ -204,7 +204,7 @@ class PolicyRun:
             "begun_at": begun_at,
             "weights_before": self._version,
             "prompts": prompts_digest([group[0].rollout.prompt_ids.tolist() for group in batch.groups]),
-            "record": self._records.digest(self.step),
+            "record": batch.digest,
             "outcomes": outcome_counts(batch.scored),
             "versions": {name: number for number, name in batch.versions.items()},
             "engine_restarts": self._restarts(),

@@ -23,12 +23,14 @@ _DIGEST_BYTES = 32
 @dataclass(frozen=True, slots=True, eq=False)
 class StepBatch:
     """The answers a step learns from, with their scores, by prompt; ``tasks`` [prompts] names what was
-    asked, ``versions`` the weights of every policy version that sampled a token."""
+    asked, ``versions`` the weights of every policy version that sampled a token, ``digest`` the record it was
+    read from."""
 
     step: int
     tasks: tuple[str, ...]
     groups: tuple[tuple[Scored, ...], ...]
     versions: Mapping[int, str] = field(default_factory=dict)
+    digest: str = ""
 
     @property
     def scored(self) -> list[Scored]:
@@ -110,11 +112,12 @@ class Records:
 
     def read(self, step: int) -> StepBatch:
         """Raises CheckpointError where the record is missing, not what was written, or of another step."""
-        found = _DECODER.decode(self._read(step)[1])
+        digest, body = self._read(step)
+        found = _DECODER.decode(body)
         if found.step != step:
             fact = f"{self.path(step)} is the record of step {found.step}"
             raise CheckpointError(f"{fact}; restore the file", file=str(self.path(step)))
-        return _unpacked(found)
+        return _unpacked(found, digest.hex())
 
     def _read(self, step: int) -> tuple[bytes, bytes]:
         path = self.path(step)
@@ -163,9 +166,9 @@ def _array(values: NDArray[Any]) -> _Array:
     return _Array(little.dtype.str, values.shape, np.ascontiguousarray(little).tobytes())
 
 
-def _unpacked(found: _Step) -> StepBatch:
+def _unpacked(found: _Step, digest: str) -> StepBatch:
     groups = tuple(tuple(_scored(answer) for answer in group) for group in found.groups)
-    return StepBatch(found.step, found.tasks, groups, found.versions)
+    return StepBatch(found.step, found.tasks, groups, found.versions, digest)
 
 
 def _scored(answer: _Answer) -> Scored:
